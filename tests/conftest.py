@@ -1,0 +1,129 @@
+"""What the tests share: tiny models and data made on the spot, ways to start the real script."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+WORDS = "the a cat dog sees hears river stone under over and not sleeps runs green old".split()
+
+
+def build_tokenizer(folder: Path) -> int:
+    """A byte-level BPE tokenizer that begins each text with BOS, as Llama's does; its length."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<bos>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>"
+    )
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", **changes) -> Path:
+    """A two-layer model of the named architecture, with its tokenizer, saved in `folder`."""
+    import torch
+    import transformers
+
+    vocabulary = build_tokenizer(folder)
+    shape = dict(
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
+        initializer_range=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    )
+    name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "mistral": "Mistral"}[kind]
+    extra = {"gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9}}
+    config = getattr(transformers, f"{name}Config")(**shape | extra.get(kind, {}) | changes)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny untied Llama in float32."""
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """200 documents of very different lengths: some fill several rows, many share one."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for i in range(200):
+            lengths = [1, 2, 3] if i // 20 % 2 else [9, 40, 90]
+            text = " ".join(rng.choice(WORDS) for _ in range(rng.choice(lengths)))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedProcess:
+    """Run a command from the project's folder; text output, no exception."""
+    return subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env, check=False,
+    )
+
+
+def torchrun(ranks: int, script: str, *options, **env) -> subprocess.CompletedProcess:
+    """A script of the project under torchrun, on one node."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
+         "--master-addr", "127.0.0.1", "--master-port", port, script, *options],
+        timeout=300, **env,
+    )
+
+
+def on_ranks(ranks: int, jobs: list[dict], folder: Path) -> None:
+    """Run the jobs of tests/on_ranks.py, all in one start of `ranks` processes."""
+    file = folder / f"jobs-{ranks}.json"
+    file.write_text(json.dumps(jobs))
+    done = torchrun(ranks, "tests/on_ranks.py", file)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def options_of(**options) -> list[str]:
+    """Command-line words: {"max_steps": 3, "document_mask": False} and so on."""
+    words = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
+    return words
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

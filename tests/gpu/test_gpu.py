@@ -1,0 +1,139 @@
+"""The script on one and two GPUs, over NCCL. Left out of the ordinary run; by hand, on such a node:
+
+    python -m pytest tests/gpu -m gpu -s
+
+Every tiny run is 10 steps in bfloat16. Losses are held against float32 ones of plain PyTorch.
+"""
+
+import json
+
+import pytest
+import reference
+import torch
+from conftest import build_tiny_model, on_ranks, options_of, read_metrics, torchrun
+
+import download
+import train_llm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+GPUS = torch.cuda.device_count()
+STEPS, BATCH, LENGTH, LR = 10, 4, 32, 1e-3
+RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR, warmup_steps=3,
+              log_freq=1, seed=3)
+needs_two = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny, corpus, rows_dir):
+    """{name: folder} of runs on one GPU and, where there are two, on two."""
+    folder = tmp_path_factory.mktemp("runs")
+    models = {"llama": tiny, "gemma": build_tiny_model(folder / "gemma-model", "gemma")}
+    for model in models.values():
+        download.prepare_rows(model_name=str(model), dataset_name=str(corpus), seq_length=LENGTH,
+                              rows_dir=rows_dir)
+    options = {
+        "plain": dict(batch_size=2),
+        "accumulated": dict(batch_size=1),
+        "on": dict(batch_size=2, checkpoint_activations="on"),
+        "offload": dict(batch_size=2, checkpoint_activations="offload"),
+        "prefetch": dict(batch_size=2, forward_prefetch=True),
+        "unlimited": dict(batch_size=2, limit_all_gathers=False),
+        "embedding-in-root": dict(batch_size=2, wrap_embedding=False),
+        "reduce-bfloat16": dict(batch_size=2, reduce_dtype="bfloat16"),
+        "gemma": dict(batch_size=2, model_name=models["gemma"]),
+        "random": dict(batch_size=2, random_init=True),
+    }
+    names = {}
+    for ranks in (1, 2)[:GPUS]:
+        jobs = []
+        for name, extra in options.items():
+            names[name, ranks] = folder / f"{name}-{ranks}"
+            jobs.append({"do": "train", "argv": options_of(**dict(
+                experiment_name=f"{name}-{ranks}", save_dir=folder, rows_dir=rows_dir,
+                model_name=tiny, dataset_name=corpus) | RECIPE | extra)})
+        on_ranks(ranks, jobs, folder)
+    return names | {"models": models}
+
+
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder)]
+
+
+def test_losses_on_gpus_are_those_of_plain_pytorch_up_to_bfloat16(runs, corpus, rows_dir):
+    for kind, model in runs["models"].items():
+        folder = download.rows_folder(model_name=str(model), dataset_name=str(corpus),
+                                      seq_length=LENGTH, rows_dir=rows_dir)
+        rows = train_llm.Rows(folder, with_positions=True)
+        order = [train_llm.rows_of_step(step, rows=len(rows), global_batch_size=BATCH, seed=3)
+                 for step in range(STEPS)]
+        wanted, _, _ = reference.train(model, rows.tokens, rows.marks, order=order, lr=LR, warmup=3)
+        for (name, ranks), run in ((k, v) for k, v in runs.items() if k != "models"):
+            if name != "random" and (name == "gemma") == (kind == "gemma"):
+                print(f"{name:>18} {ranks} GPU, largest difference"
+                      f" {max(abs(a - b) for a, b in zip(losses(run), wanted, strict=True)):.4f}")
+                assert losses(run) == pytest.approx(wanted, rel=5e-3), (name, ranks)
+
+
+def test_options_that_only_move_memory_change_not_one_bit(runs):
+    for ranks in (1, 2)[:GPUS]:
+        plain = losses(runs["plain", ranks])
+        for name in ("on", "offload", "prefetch", "unlimited", "embedding-in-root"):
+            assert losses(runs[name, ranks]) == plain, (name, ranks)
+
+
+@needs_two
+def test_random_weights_are_the_same_on_one_gpu_and_two(runs):
+    one, two = losses(runs["random", 1])[0], losses(runs["random", 2])[0]
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_two)])
+def test_pretrained_weights_arrive_bit_for_bit(ranks, kind, tmp_path, corpus):
+    jobs = []
+    for dtype in ("float32", "bfloat16"):
+        model = build_tiny_model(tmp_path / f"{kind}-{dtype}", kind, dtype=dtype)
+        jobs.append({"do": "compare", "out": str(tmp_path / dtype), "argv": options_of(
+            experiment_name="x", model_name=model, dataset_name=corpus, global_batch_size=2,
+            seq_length=LENGTH)})
+    on_ranks(ranks, jobs, tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        for rank in range(ranks):
+            report = json.loads((tmp_path / f"{dtype}.{rank}").read_text())
+            assert report["different"] == report["extra"] == report["meta"] == [], (dtype, rank)
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path, tiny, corpus, rows_dir):
+    done = torchrun(GPUS and min(GPUS, 2), "train_llm.py", *options_of(
+        experiment_name="nan", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
+        dataset_name=corpus, **RECIPE | {"lr": 1e30, "log_freq": 4, "max_grad_norm": 0}))
+    assert done.returncode != 0
+    assert done.stderr.count("error: step ") == 1, done.stderr[-3000:]
+    assert not (tmp_path / "nan" / "model").exists()
+
+
+def test_8b_wide_layers_train_and_their_figures_are_sane(tmp_path, rows_dir):
+    """Four layers of Llama 3.1 8B's width, on two GPUs at most, 4096 tokens; prints the row."""
+    from transformers import LlamaConfig
+
+    download.prepare_demo(tmp_path / "demo")
+    model = build_tiny_model(tmp_path / "slice")  # for its tokenizer
+    (model / "model.safetensors").unlink()
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+    ).save_pretrained(model)
+    for mode in ("off", "on"):
+        done = torchrun(min(GPUS, 2), "train_llm.py", *options_of(
+            experiment_name=mode, save_dir=tmp_path, rows_dir=rows_dir, model_name=model,
+            dataset_name=tmp_path / "demo" / "corpus.jsonl", random_init=True, seq_length=4096,
+            global_batch_size=min(GPUS, 2), max_steps=15, log_freq=5, checkpoint_activations=mode))
+        assert done.returncode == 0, done.stderr[-3000:]
+        row = read_metrics(tmp_path / mode)[-1]
+        print(f"activation checkpointing {mode}:", json.dumps(row))
+        print(json.loads((tmp_path / mode / "versions.json").read_text()))
+        assert 0.1 < row["mfu"] < 0.8
+        assert row["data_seconds"] < 0.05 * row["step_seconds"]

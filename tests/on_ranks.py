@@ -1,0 +1,52 @@
+"""Under torchrun: run several jobs in one start of the processes, since starting costs seconds.
+
+    torchrun ... tests/on_ranks.py JOBS.json
+
+A job is {"do": "train", "argv": [...]}, the script's own `main`, or {"do": "compare", "argv": ...,
+"out": PATH}: shard a model as the script does, gather every tensor again, and write to PATH.RANK
+which of them are not bit for bit those of `from_pretrained`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_llm
+
+
+def compare(argv: list[str], out: str) -> None:
+    args = train_llm.parse_args(argv)
+    processes = train_llm.join_processes()
+    model = train_llm.build_model(args)
+    model = train_llm.shard(model, train_llm.load_weights(args, processes), args, processes)
+    expected = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
+    with FSDP.summon_full_params(model, writeback=False):
+        found = {train_llm.clean(n): t.cpu() for n, t in model.named_parameters()}
+        found |= {train_llm.clean(n): t.cpu() for n, t in model.named_buffers()}
+        wanted = dict(expected.named_parameters()) | dict(expected.named_buffers())
+        different = [n for n in wanted if n not in found or not torch.equal(found[n], wanted[n])]
+        extra = sorted(set(found) - set(wanted))
+        meta = [n for n, t in found.items() if t.is_meta]
+    report = {"different": different, "extra": extra, "meta": meta, "compared": len(wanted)}
+    Path(f"{out}.{processes.rank}").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    port = int(os.environ["MASTER_PORT"])
+    for i, job in enumerate(jobs, start=1):
+        # Each job gets a store of its own: torchrun's still holds the keys of the job before.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_PORT"] = str(port + i)
+        if job["do"] == "train":
+            train_llm.main(job["argv"])
+        else:
+            compare(job["argv"], job["out"])

@@ -1,0 +1,388 @@
+"""launch.sh with real tmux and real torchrun; a stand-in takes the place of the trainer only.
+
+The stand-in writes down what reached it and then does what `--then` says. A start costs about six
+seconds (torch is imported twice), so runs are shared between tests through fixtures.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+TRAINER = r"""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+options = sys.argv[1:]
+then = options[options.index("--then") + 1]
+if "--check" in options:
+    if then == "be-refused":
+        sys.exit("stand-in: no such option")
+    if then == "be-refused-as-argparse-does":
+        sys.exit(2)
+    sys.exit(0)
+
+rank = os.environ["RANK"]
+name = options[options.index("--experiment-name") + 1]
+if then == "ignore-sigterm":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pids = [os.getpid()]
+if then in ("ignore-sigterm", "fail"):
+    pids.append(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
+seen = dict(options=options, environ=dict(os.environ), pids=pids, cwd=os.getcwd())
+Path("seen").mkdir(exist_ok=True)
+Path("seen", f"{name}.{rank}.part").write_text(json.dumps(seen))
+Path("seen", f"{name}.{rank}.part").rename(Path("seen", f"{name}.{rank}.json"))
+
+if then == "finish":
+    print("to standard error", file=sys.stderr)
+    if rank == "0":
+        Path("results", name).mkdir(parents=True)
+        Path("results", name, "metrics.jsonl").write_text('{"step": 7, "loss": 2.5}\n')
+elif then == "fail" and rank == "1":
+    sys.exit(3)
+else:
+    time.sleep(600)
+"""
+
+DOWNLOADER = r"""
+import sys
+from pathlib import Path
+Path("downloads").write_text(" ".join(sys.argv[1:]))
+"""
+
+NASTY = [
+    "", " ", "two words", "tab\tand\nnew line\n", "'single' \"double\" `tick`",
+    "$HOME $(id) $$ ${x}", "${local_rank}", "back\\slash \\n", "*", "~", "!!", "# no comment",
+    "; exit 1 &", "\u00e9\u732b",
+]  # fmt: skip
+
+
+class House:
+    """A copy of launch.sh and hosts, with stand-ins for what it starts, and a tmux of its own."""
+
+    def __init__(self, root: Path, sockets: Path):
+        self.root = root
+        self.environ = {
+            **os.environ, "PYTHON": sys.executable, "TMUX_TMPDIR": str(sockets),
+            "STOP_GRACE_SECONDS": "2", "HF_HOME": "/somewhere/with space",
+        }  # fmt: skip
+        self.environ.pop("OMP_NUM_THREADS", None)
+        root.mkdir()
+        for name in ("launch.sh", "hosts"):
+            shutil.copy(REPOSITORY / name, root)
+        (root / "train_llm.py").write_text(TRAINER)
+        (root / "download.py").write_text(DOWNLOADER)
+
+    def popen(self, *args: str, cwd: Path | None = None, **environ: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", str(self.root / "launch.sh"), *args], cwd=cwd or self.root, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**self.environ, **environ},
+        )  # fmt: skip
+
+    def launch(self, *args: str, **kwargs) -> subprocess.CompletedProcess:
+        process = self.popen(*args, **kwargs)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def logs(self, name: str) -> Path:
+        return self.root / "logs" / name / "localhost"
+
+    def seen(self, name: str) -> list[dict]:
+        """What both ranks of a run wrote down, once they have."""
+        paths = [self.root / "seen" / f"{name}.{rank}.json" for rank in range(2)]
+        wait_for(lambda: all(path.exists() for path in paths))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def pids(self, name: str) -> list[int]:
+        return [pid for seen in self.seen(name) for pid in seen["pids"]]
+
+    def carriers(self, name: str) -> list[str]:
+        """Processes that inherited the id of the run, found without the help of launch.sh."""
+        marker = f"TRAIN_LLM_RUN_ID={(self.logs(name) / 'run_id').read_text().strip()}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if marker in path.read_bytes().split(b"\0"):
+                    found.append(path.parent.joinpath("cmdline").read_text())
+            except OSError:  # it ended meanwhile, or is another user's
+                continue
+        return found
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"  # a zombie has ended; its parent did not look
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    sockets = Path(tempfile.mkdtemp(prefix="tmux", dir="/tmp"))  # a socket's path must be short
+    house = House(tmp_path_factory.mktemp("launch") / "it's a $HOME", sockets)
+    yield house
+    for logs in (house.root / "logs").glob("*/"):
+        house.launch("stop", "--name", logs.name, STOP_GRACE_SECONDS="0")
+    for socket in sockets.glob("*/*"):
+        subprocess.run(["tmux", "-S", socket, "kill-server"], capture_output=True)
+    shutil.rmtree(sockets)
+
+
+# --- A run that ends well, told everything that quoting can get wrong ---------------------
+
+
+@pytest.fixture(scope="module")
+def finished(house):
+    started = house.launch(
+        "--", "--experiment-name=done", "--model-name", "m", "--save-dir", "results",
+        "--then", "finish", "--nasty", *NASTY, cwd=Path("/"), OMP_NUM_THREADS="3",
+    )  # fmt: skip
+    wait_for((house.logs("done") / "exit_code").exists)
+    return started
+
+
+def test_every_argument_arrives_byte_for_byte_on_every_rank(house, finished):
+    assert finished.returncode == 0, finished.stderr
+    for seen in house.seen("done"):
+        assert seen["options"][seen["options"].index("--nasty") + 1 :] == NASTY
+
+
+def test_the_environment_of_the_caller_reaches_the_ranks(house, finished):
+    environ = house.seen("done")[0]["environ"]
+    assert environ["HF_HOME"] == "/somewhere/with space"
+    assert environ["OMP_NUM_THREADS"] == "3"
+    assert environ["WORLD_SIZE"] == "2"
+
+
+def test_a_start_from_another_directory_runs_in_that_of_launch_sh(house, finished):
+    assert house.seen("done")[1]["cwd"] == str(house.root)
+    assert f"in {house.root}:" in finished.stdout
+
+
+def test_the_command_to_follow_a_run_finds_the_log_of_every_rank(house, finished):
+    assert r"find logs/ -name \*stderr.log | xargs tail -f" in finished.stdout
+    logs = list(house.logs("done").rglob("stderr.log"))
+    assert [log.read_text() for log in logs] == ["to standard error\n"] * 2
+
+
+def test_status_of_a_finished_run_tells_its_last_step(house, finished):
+    status = house.launch("status", "--name", "done")
+    assert status.returncode == 0
+    assert "finished" in status.stdout
+    assert '"step": 7' in status.stdout  # from --save-dir, not from outputs/
+
+
+def test_stop_of_a_finished_run_does_nothing_and_says_so(house, finished):
+    stop = house.launch("stop", "--name", "done")
+    assert (stop.returncode, stop.stdout) == (0, "done on localhost: not running\n")
+    assert house.launch("status", "--name", "done").returncode == 0
+
+
+def test_a_run_that_ended_leaves_no_process(house, finished):
+    wait_for(lambda: not house.carriers("done"))
+
+
+# --- A bare start, whose second rank fails and whose ranks leave a detached child ----------
+
+
+@pytest.fixture(scope="module")
+def failed(house):
+    house.launch("--", "--then", "fail", "--lr", "5")
+    wait_for((house.logs("demo") / "exit_code").exists)
+    return house.launch("status")
+
+
+def test_without_a_model_the_demo_is_made_and_trained(house, failed):
+    assert (house.root / "downloads").read_text() == "--demo"
+    options = house.seen("demo")[0]["options"]
+    assert options[options.index("--model-name") + 1] == "demo/model"
+    assert options[options.index("--dataset-name") + 1] == "demo/corpus.jsonl"
+    assert options[options.index("--experiment-name") + 1] == "demo"
+    assert options[-2:] == ["--lr", "5"]  # after the recipe's own, so that it wins
+
+
+def test_the_cores_are_shared_among_cpu_processes(house, failed):
+    cores = len(os.sched_getaffinity(0))
+    environ = house.seen("demo")[0]["environ"]
+    assert environ["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+
+
+def test_status_of_a_failed_run_names_the_rank_that_failed_first(house, failed):
+    assert failed.returncode == 1
+    assert "failed with exit code 1" in failed.stdout
+    assert "first failure: rank 1" in failed.stdout
+    assert "first failure: exitcode 3" in failed.stdout
+
+
+def test_the_table_of_torchrun_is_kept(house, failed):
+    assert "Root Cause (first observed failure)" in (house.logs("demo") / "agent.log").read_text()
+
+
+def test_what_a_failed_run_left_bars_its_name_until_it_is_stopped(house, failed):
+    left = [pid for pid in house.pids("demo") if is_alive(pid)]
+    assert len(left) == 2  # the detached child of each rank
+    assert "2 process(es) of it are left" in failed.stdout
+    refused = house.launch("--", "--then", "finish")
+    assert refused.returncode == 1
+    assert "already running" in refused.stderr
+
+    stop = house.launch("stop")
+    assert stop.returncode == 0, stop.stderr
+    assert all(f"SIGTERM to {pid} sleep 600" in stop.stdout for pid in left)
+    assert not any(map(is_alive, left))
+    assert "failed with exit code 1" in house.launch("status").stdout  # still the truth
+
+
+# --- Two runs side by side: one started twice at once, and deaf to SIGTERM; one that obeys --
+
+
+@pytest.fixture(scope="module")
+def deaf(house):
+    args = ("--name", "deaf", "--nproc-per-node=2", "--", "--model-name", "m")
+    starts = [house.popen(*args, "--then", "ignore-sigterm") for _ in range(2)]
+    errors = {}
+    for process in starts:
+        _, error = process.communicate(timeout=60)
+        errors[process.returncode] = error
+    house.seen("deaf")
+    return errors
+
+
+@pytest.fixture(scope="module")
+def meek(house):
+    house.launch("--name", "meek", "--", "--model-name", "m", "--then", "wait")
+    logs = list(house.logs("meek").rglob("stderr.log"))
+    house.seen("meek")
+    return logs
+
+
+def test_of_two_starts_of_one_name_at_once_one_is_refused(house, deaf):
+    assert sorted(deaf) == [0, 1]
+    assert "deaf is already running" in deaf[1]
+
+
+def test_a_start_returns_when_there_is_a_log_to_follow(meek):
+    assert meek
+
+
+def test_stop_ends_a_rank_deaf_to_sigterm_and_detached_children_and_nothing_else(house, deaf, meek):
+    assert len(house.pids("deaf")) == 4
+    assert all(map(is_alive, house.pids("deaf")))
+    began = time.monotonic()
+    stop = house.launch("stop", "--name", "deaf", STOP_GRACE_SECONDS="2")
+    assert stop.returncode == 0, stop.stderr
+    assert time.monotonic() - began > 1  # SIGKILL only after the grace
+    assert "SIGKILL to" in stop.stdout
+    assert not any(map(is_alive, house.pids("deaf")))
+    assert not house.carriers("deaf")
+
+    status = house.launch("status", "--name", "deaf")
+    assert status.returncode == 1
+    assert "stopped by launch.sh stop" in status.stdout
+    assert all(map(is_alive, house.pids("meek")))
+    status = house.launch("status", "--name", "meek")
+    assert (status.returncode, status.stdout) == (0, "meek on localhost: running\n")
+
+
+def test_stop_from_inside_the_tmux_of_a_run_ends_the_run_and_not_itself(house, meek):
+    run_id = (house.logs("meek") / "run_id").read_text().strip()
+    stop = house.launch("stop", "--name", "meek", STOP_GRACE_SECONDS="20", TRAIN_LLM_RUN_ID=run_id)
+    assert stop.returncode == 0, stop.stderr
+    assert "no process of it is left" in stop.stdout
+    assert "SIGKILL" not in stop.stdout
+    assert not house.carriers("meek")
+    assert (house.logs("meek") / "exit_code").read_text() != "0\n"  # the agent's, told to the end
+
+
+# --- Refusals: nothing is started ---------------------------------------------------------
+
+
+@pytest.fixture
+def no_run_appears(house):
+    before = set((house.root / "logs").glob("*"))
+    yield
+    assert set((house.root / "logs").glob("*")) - before <= {house.root / "logs" / ".lock"}
+
+
+@pytest.mark.parametrize(("then", "code"), [("be-refused", 1), ("be-refused-as-argparse-does", 2)])
+def test_options_that_the_trainer_refuses_start_nothing(house, no_run_appears, then, code):
+    start = house.launch("--name", "refused", "--", "--model-name", "m", "--then", then)
+    assert start.returncode == code
+    assert start.stderr.endswith("launch.sh: options refused; nothing was started\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--no-such"], "'--no-such'"),
+        (["restart"], "'restart'"),
+        (["--lr", "1"], "options of train_llm.py go after --"),
+        (["--name"], "--name needs a value"),
+        (["--name", "../up"], "'../up' cannot name a run"),
+        (["--", "--experiment-name", ""], "'' cannot name a run"),
+        (["--name", "a", "--", "--experiment-name", "b"], "a run has one name"),
+        (["--", "--model-name", "m"], "give --name NAME"),
+        (["--nproc-per-node", "0"], "not '0'"),
+        (["status", "--nproc-per-node", "2"], "belong to start"),
+        (["stop", "--", "--lr", "1"], "belong to start"),
+    ],
+)
+def test_a_wrong_call_is_refused_with_status_2(house, no_run_appears, args, message):
+    start = house.launch(*args)
+    assert start.returncode == 2
+    assert message in start.stderr
+
+
+def test_status_and_stop_of_an_unknown_run_fail(house):
+    for verb in ("status", "stop"):
+        assert "no run named who" in (asked := house.launch(verb, "--name", "who")).stderr
+        assert asked.returncode == 1
+
+
+@pytest.mark.parametrize("lines", ["node-1\nlocalhost # and this\n", "# nobody\n", "node-2"])
+def test_a_hosts_file_that_names_more_than_this_machine_is_refused(house, no_run_appears, lines):
+    hosts = house.root / "hosts"
+    shipped = hosts.read_text()
+    try:
+        hosts.write_text(lines)
+        start = house.launch("--name", "far", "--", "--model-name", "m")
+    finally:
+        hosts.write_text(shipped)
+    assert start.returncode == 1
+    assert ("node" in lines) == ("node" in start.stderr)
+    assert "./hosts must name localhost alone" in start.stderr
+
+
+def test_a_python_without_torch_is_refused_with_the_command_to_install_it(house, no_run_appears):
+    bare = house.root / "bare python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # sees no installed package
+    bare.chmod(0o755)
+    start = house.launch("--name", "bare", "--", "--model-name", "m", PYTHON="./bare python")
+    assert start.returncode == 1
+    assert "lacks torch, transformers" in start.stderr
+    assert "-m pip install -r requirements.txt" in start.stderr
+
+
+def test_help_is_the_head_of_the_file(house):
+    shown = house.launch("-h")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("Usage: bash launch.sh")
+    assert "STOP_GRACE_SECONDS" in shown.stdout

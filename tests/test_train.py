@@ -1,0 +1,425 @@
+"""train_llm.py against plain PyTorch, and its behaviour on bad input."""
+
+import json
+import math
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import (
+    ROOT,
+    build_tiny_model,
+    on_ranks,
+    options_of,
+    read_metrics,
+    run,
+    torchrun,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import download
+import train_llm
+
+STEPS, BATCH, LENGTH, LR = 10, 6, 32, 3e-3
+RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR, warmup_steps=3,
+              log_freq=1, seed=3)
+
+
+def main_in_process(**options) -> None:
+    """The script's `main` on one rank, in this process: an import costs more than a tiny run."""
+    try:
+        train_llm.main(options_of(**options))
+    finally:
+        if train_llm.dist.is_initialized():
+            train_llm.dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny, corpus, rows_dir):
+    """Every training run of this file, in three starts of torchrun; {name: its folder}."""
+    folder = tmp_path_factory.mktemp("runs")
+    models = {"llama": tiny} | {
+        kind: build_tiny_model(folder / kind, kind) for kind in ("qwen3", "gemma", "mistral")
+    }
+    for model in models.values():  # in this process: the script would start one for each
+        download.prepare_rows(model_name=str(model), dataset_name=str(corpus), seq_length=LENGTH,
+                              rows_dir=rows_dir)
+    plan = {  # name: (ranks, model, options beside the recipe)
+        "one": (1, "llama", dict(batch_size=6)),
+        "one-accumulated": (1, "llama", dict(batch_size=2)),
+        "two": (2, "llama", dict(batch_size=3)),
+        "two-accumulated": (2, "llama", dict(batch_size=1)),
+        "three": (3, "llama", dict(batch_size=2)),
+        "recomputed": (2, "llama", dict(batch_size=3, checkpoint_activations="on")),
+        "offloaded": (2, "llama", dict(batch_size=3, checkpoint_activations="offload")),
+        "embedding-in-root": (2, "llama", dict(batch_size=3, wrap_embedding=False)),
+        "qwen3": (2, "qwen3", dict(batch_size=3)),
+        "gemma": (2, "gemma", dict(batch_size=1, checkpoint_activations="on")),
+        "mistral": (2, "mistral", dict(batch_size=3)),
+        "random-1": (1, "llama", dict(random_init=True, max_steps=1)),
+        "random-3": (3, "llama", dict(random_init=True, max_steps=1)),
+    }
+    for ranks in (1, 2, 3):
+        jobs = [
+            {"do": "train", "argv": options_of(
+                experiment_name=name, save_dir=folder, rows_dir=rows_dir,
+                model_name=models[model], dataset_name=corpus, **(RECIPE | extra))}
+            for name, (n, model, extra) in plan.items() if n == ranks
+        ]
+        on_ranks(ranks, jobs, folder)
+    return {name: folder / name for name in plan} | {"models": models}
+
+
+def rows_folder(model, corpus, rows_dir):
+    return download.rows_folder(
+        model_name=str(model), dataset_name=str(corpus), seq_length=LENGTH, rows_dir=rows_dir
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(runs, corpus, rows_dir):
+    """(losses, norms, model) of plain PyTorch, by kind of model."""
+    found = {}
+    for kind, model in runs["models"].items():
+        rows = train_llm.Rows(rows_folder(model, corpus, rows_dir), with_positions=True)
+        order = [train_llm.rows_of_step(step, rows=len(rows), global_batch_size=BATCH, seed=3)
+                 for step in range(STEPS)]
+        found[kind] = reference.train(
+            model, rows.tokens, rows.marks, order=order, lr=LR, warmup=3
+        )
+    return found
+
+
+LLAMA = ["one", "one-accumulated", "two", "two-accumulated", "three", "recomputed", "offloaded",
+         "embedding-in-root"]
+
+
+@pytest.mark.parametrize("name", [*LLAMA, "qwen3", "gemma", "mistral"])
+def test_losses_norms_and_weights_are_those_of_plain_pytorch(name, runs, expected):
+    losses, norms, model = expected["llama" if name in LLAMA else name]
+    metrics = read_metrics(runs[name])
+    assert [row["loss"] for row in metrics] == pytest.approx(losses, rel=1e-5)
+    assert [row["grad_norm"] for row in metrics] == pytest.approx(norms, rel=1e-4)
+    assert losses[-1] < losses[0]
+    assert max(norms) > 1, "the gradients must be large enough to be clipped"
+    exported = AutoModelForCausalLM.from_pretrained(runs[name] / "model", dtype="auto")
+    assert exported.dtype == torch.float32
+    start = dict(AutoModelForCausalLM.from_pretrained(
+        runs["models"]["llama" if name in LLAMA else name]).named_parameters())
+    found = dict(exported.named_parameters())
+    for key, wanted in model.named_parameters():
+        # Adam turns a gradient of pure rounding into a whole update, in a weight here and there:
+        # so the difference is held against all that the parameter moved.
+        moved, apart = (wanted - start[key]).norm(), (found[key] - wanted).norm()
+        assert apart < 2e-4 * moved, key
+
+
+def test_steps_have_rows_with_different_numbers_of_targets(tiny, corpus, rows_dir, runs):
+    rows = train_llm.Rows(rows_folder(tiny, corpus, rows_dir), with_positions=True)
+    first = train_llm.rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
+    assert len(set(rows.targets[first].tolist())) > 2
+
+
+def test_recomputation_changes_not_one_bit(runs):
+    losses = [[row["loss"] for row in read_metrics(runs[name])]
+              for name in ("two", "recomputed", "offloaded")]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_random_weights_are_the_same_on_any_number_of_ranks(runs):
+    first, third = (read_metrics(runs[name])[0]["loss"] for name in ("random-1", "random-3"))
+    assert first == pytest.approx(third, rel=1e-6)
+    assert first != pytest.approx(read_metrics(runs["one"])[0]["loss"], rel=1e-3)
+
+
+def test_a_run_leaves_its_options_versions_metrics_and_model(runs, tiny):
+    folder = runs["two"]
+    args = json.loads((folder / "args.json").read_text())
+    assert args["lr"] == LR and args["batch_size"] == 3 and args["model_name"] == str(tiny)
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__ and versions["world_size"] == 2
+    row = read_metrics(folder)[-1]
+    assert set(row) == {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu",
+                        "tokens_per_second_per_gpu", "step_seconds", "data_seconds",
+                        "peak_memory_gib", "epoch", "time"}
+    assert row["mfu"] is None, "there is no GPU here, so no utilisation to speak of"
+    assert row["tokens_per_second"] == pytest.approx(BATCH * LENGTH / row["step_seconds"])
+    assert [r["lr"] for r in read_metrics(folder)][:4] == pytest.approx(
+        [LR / 3, LR * 2 / 3, LR, LR])
+    ids = [AutoTokenizer.from_pretrained(path)("the cat").input_ids
+           for path in (folder / "model", tiny)]
+    assert ids[0] == ids[1]
+    assert {path.name for path in folder.iterdir()} == {
+        "args.json", "versions.json", "metrics.jsonl", "model"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_pretrained_weights_arrive_bit_for_bit(kind, dtype, arrived):
+    for report in arrived[kind, dtype]:
+        assert report["compared"] > 10
+        assert report["different"] == report["extra"] == report["meta"] == []
+
+
+@pytest.fixture(scope="module")
+def arrived(tmp_path_factory, corpus, rows_dir):
+    folder = tmp_path_factory.mktemp("arrived")
+    cases = [(kind, dtype) for kind in ("llama", "gemma") for dtype in ("float32", "bfloat16")]
+    jobs = []
+    for kind, dtype in cases:
+        model = build_tiny_model(folder / f"{kind}-{dtype}", kind, dtype=dtype)
+        jobs.append({"do": "compare", "out": str(folder / f"out-{kind}-{dtype}"),
+                     "argv": options_of(experiment_name="x", model_name=model, dataset_name=corpus,
+                                        global_batch_size=6, seq_length=LENGTH)})
+    on_ranks(3, jobs, folder)
+    return {case: [json.loads((folder / f"out-{case[0]}-{case[1]}.{rank}").read_text())
+                   for rank in range(3)] for case in cases}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "mistral"])
+def test_a_changed_first_document_leaves_the_logits_of_the_second_bit_equal(
+    kind, attention, runs, corpus, rows_dir
+):
+    rows = train_llm.Rows(rows_folder(runs["models"][kind], corpus, rows_dir), with_positions=True)
+    row = next(i for i in range(len(rows)) if 8 < np.flatnonzero(rows.marks[i] & 1)[-1] < 24)
+    second = np.flatnonzero(rows.marks[row] & 1)[-1]
+    here = train_llm.planned_processes()
+    tokens, _, positions = rows.batch(np.array([row]), here)
+    model = AutoModelForCausalLM.from_pretrained(
+        runs["models"][kind], attn_implementation=attention
+    )
+    changed = tokens.clone()
+    changed[0, :second] = (changed[0, :second] + 7) % 300
+
+    def logits(ids, **given):
+        return model(ids, use_cache=False, **given).logits[0, second:].detach()
+
+    assert torch.equal(logits(tokens, position_ids=positions),
+                       logits(changed, position_ids=positions))
+    assert not torch.equal(logits(tokens), logits(changed)), "unmasked, they must differ"
+
+
+def test_without_document_mask_a_row_is_one_stretch_of_text(tmp_path, tiny, corpus, rows_dir):
+    main_in_process(**RECIPE | dict(
+        experiment_name="open", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
+        dataset_name=corpus, document_mask=False, max_steps=1))
+    folder = download.rows_folder(model_name=str(tiny), dataset_name=str(corpus),
+                                  seq_length=LENGTH, document_mask=False, rows_dir=rows_dir)
+    rows = train_llm.Rows(folder, with_positions=False)
+    first = train_llm.rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
+    ids = torch.from_numpy(rows.tokens[first].astype(np.int64))
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert read_metrics(tmp_path / "open")[0]["loss"] == pytest.approx(
+        model(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
+    seen = [train_llm.rows_of_step(s, rows=30, global_batch_size=12, seed=5) for s in range(5)]
+    assert sorted(np.concatenate(seen).tolist()) == sorted([*range(30)] * 2)
+    first = np.concatenate(seen)[:30].tolist()
+    assert sorted(first) == [*range(30)] and first != [*range(30)]
+    args = train_llm.argparse.Namespace(batch_size=2)
+    for world_size in (1, 2, 3):
+        ranks = [train_llm.Processes(rank, rank, world_size, 0, torch.device("cpu"))
+                 for rank in range(world_size)]
+        shares = [train_llm.rows_of_rank(seen[0], micro, args, rank).tolist()
+                  for micro in range(6 // world_size) for rank in ranks]
+        assert sum(shares, []) == seen[0].tolist()
+
+
+def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
+    rate = [train_llm.lr_factor(s, warmup=4, steps=24, floor=0.1) for s in range(40)]
+    assert rate[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert rate[14] == pytest.approx(0.55)
+    assert rate[24:] == pytest.approx([0.1] * 16)
+    assert all(a >= b for a, b in zip(rate[4:], rate[5:], strict=False))
+
+
+def test_flops_of_llama_405b_are_six_per_parameter_and_attention():
+    config = train_llm.AutoConfig.for_model(
+        "llama", hidden_size=16384, num_attention_heads=128, num_hidden_layers=126)
+    found = train_llm.flops_per_token(config, 403_752_042_496, 4096)
+    assert found == pytest.approx(6 * 403.75e9 + 6 * 126 * 16384 * 4096, rel=1e-4)
+    mixture = train_llm.AutoConfig.for_model("mixtral")
+    assert train_llm.flops_per_token(mixture, 1, 1) is None
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
+    tmp_path, tiny, corpus, rows_dir
+):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1, fused=True)
+    state = train_llm.TrainState(model, optimizer)
+    before = model.weight.clone()
+    for loss in (math.nan, 1.0):  # the second step is finite, but comes after one that was not
+        model(torch.ones(2)).sum().backward()
+        state.hold_if_not_finite(torch.tensor(loss), torch.tensor(1.0))
+        optimizer.step()
+        assert torch.equal(model.weight, before)
+
+    done = torchrun(2, "train_llm.py", *options_of(
+        experiment_name="nan", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
+        dataset_name=corpus, **RECIPE | {"lr": 1e30, "log_freq": 4, "max_grad_norm": 0}))
+    assert done.returncode != 0
+    assert done.stderr.count("error: step ") == 1, done.stderr
+    assert "No update was made" in done.stderr
+    assert not (tmp_path / "nan" / "model").exists()
+
+
+# --- bad input: (options, exit status, words that its one message must hold) -----------------
+
+OPTION_ERRORS = {
+    "batch does not divide": (dict(global_batch_size=7, batch_size=2), ["7", "multiple of 2"]),
+    "negative lr": (dict(lr=-1), ["--lr", "-1", "0 or more"]),
+    "not a number": (dict(lr="nan"), ["--lr", "nan"]),
+    "bad choice": (dict(checkpoint_activations="maybe"), ["--checkpoint-activations", "maybe"]),
+    "abbreviated": (dict(max_step=3), ["--max-step"]),
+    "no effect on CPU": (dict(reduce_dtype="bfloat16"), ["no effect without a GPU"]),
+    "name with a slash": (dict(experiment_name="a/b"), ["a/b", "plain folder name"]),
+}
+
+
+@pytest.mark.parametrize("case", OPTION_ERRORS)
+def test_a_bad_option_gets_one_message(case):
+    options, words = OPTION_ERRORS[case]
+    good = dict(experiment_name="x", model_name="m", dataset_name="d")
+    with pytest.raises(train_llm.OptionError) as refused:
+        train_llm.parse_args(options_of(**good | options))
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(train_llm.OptionError, match="cannot write to .*file.*--save-dir"):
+        train_llm.parse_args(options_of(experiment_name="x", model_name="m", dataset_name="d",
+                                        save_dir=tmp_path / "file" / "below"))
+
+
+def test_a_bad_option_leaves_with_status_2():
+    done = run([sys.executable, "train_llm.py", "--lr", "fast"])
+    assert done.returncode == 2
+    assert done.stderr.startswith("train_llm.py: error:") and done.stderr.count("\n") == 1
+
+
+def broken_models(folder, tiny):
+    """{case: (folder of a model that cannot be trained, words of the message)}."""
+    def copy(name):
+        shutil.copytree(tiny, folder / name)
+        return folder / name
+
+    truncated = copy("truncated") / "model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:5000])
+    (copy("no-weights") / "model.safetensors").unlink()
+    config = copy("other-config") / "config.json"
+    layers = '"num_hidden_layers": '
+    config.write_text(config.read_text().replace(f"{layers}2", f"{layers}3"))
+    (copy("bad-json") / "config.json").write_text("{")
+    return {
+        "truncated": ["cannot be read", "--random-init"],
+        "no-weights": ["cannot be read", "no-weights"],
+        "other-config": ["lack", "model.layers.2"],
+        "bad-json": ["no readable Hugging Face model"],
+        "absent": ["absent", "no readable Hugging Face model"],
+    }
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("broken")
+    return folder, broken_models(folder, tiny)
+
+
+@pytest.mark.parametrize("case", ["truncated", "no-weights", "other-config", "bad-json", "absent"])
+def test_a_broken_model_folder_gets_one_message(case, broken, tmp_path, corpus, rows_dir):
+    folder, words = broken
+    with pytest.raises(train_llm.InputError) as refused:
+        main_in_process(experiment_name="x", save_dir=tmp_path, rows_dir=rows_dir,
+                        model_name=folder / case, dataset_name=corpus, **RECIPE)
+    assert all(word in str(refused.value) for word in words[case]), refused.value
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_that_cannot_be_read_leave_with_status_1(broken, tmp_path, corpus, rows_dir):
+    done = run([sys.executable, "train_llm.py", *options_of(
+        experiment_name="x", save_dir=tmp_path, rows_dir=rows_dir,
+        model_name=broken[0] / "truncated", dataset_name=corpus, **RECIPE)])
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train_llm.py: error: the weights of")
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def cases_for_one_process(tiny, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "short.jsonl").write_text('{"text": "the cat sees a dog and a green river"}\n' * 9)
+    return {
+        "past the limit": (dict(seq_length=256), ["256", "128 positions"]),
+        "kernel": (dict(attn_implementation="flash_attention_2"), ["flash_attention_2", "sdpa"]),
+        "unknown kernel": (dict(attn_implementation="nonsense"), ["nonsense"]),
+        "no data": (dict(dataset_name=tmp_path / "none.jsonl"), ["none.jsonl"]),
+        "too few rows": (dict(dataset_name=tmp_path / "short.jsonl", global_batch_size=64),
+                         ["rows", "--global-batch-size 64"]),
+    }
+
+
+@pytest.mark.parametrize("case", ["past the limit", "kernel", "unknown kernel", "no data",
+                                  "too few rows"])
+def test_what_cannot_run_gets_one_message(case, tiny, corpus, rows_dir, tmp_path):
+    options, words = cases_for_one_process(tiny, corpus, tmp_path)[case]
+    with pytest.raises(train_llm.InputError) as refused:
+        main_in_process(**dict(experiment_name="x", save_dir=tmp_path / "out", rows_dir=rows_dir,
+                               model_name=tiny, dataset_name=corpus) | RECIPE | options)
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert not (tmp_path / "out" / "x" / "metrics.jsonl").exists()
+
+
+def test_a_second_run_of_the_same_name_overwrites_nothing(runs, tiny, corpus, rows_dir):
+    folder = runs["one"]
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(train_llm.OptionError, match="holds a run already"):
+        main_in_process(experiment_name="one", save_dir=folder.parent, rows_dir=rows_dir,
+                        model_name=tiny, dataset_name=corpus, **RECIPE)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_under_torchrun_one_rank_speaks_and_none_hangs(tmp_path, tiny, rows_dir):
+    started = time.monotonic()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "the cat"}\n' * 3 + '{"text": \n' + '{"text": "a dog"}\n')
+    done = torchrun(2, "train_llm.py", *options_of(
+        experiment_name="x", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
+        dataset_name=broken, **RECIPE))
+    assert done.returncode != 0
+    assert done.stderr.count("train_llm.py: error:") == 1, done.stderr
+    assert "line 4" in done.stderr and "broken.jsonl" in done.stderr
+    assert time.monotonic() - started < 60
+    assert not [path for path in rows_dir.iterdir() if path.name.startswith("broken")
+                and path.is_dir()]
+
+
+def test_check_says_what_would_run_and_touches_nothing(
+    tmp_path, tiny, corpus, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    train_llm.main(["--check", *options_of(
+        experiment_name="x", save_dir=tmp_path / "out", rows_dir=tmp_path / "rows",
+        model_name=tiny, dataset_name=corpus, **RECIPE)])
+    said = capsys.readouterr().out
+    for words in ("LlamaForCausalLM", "3 on cpu", "6 rows = 192 tokens", "compute float32", "sdpa"):
+        assert words in said, said
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_script_is_longer_than_a_screen():
+    import ast
+
+    tree = ast.parse((ROOT / "train_llm.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name != "parse_args":
+            assert node.end_lineno - node.lineno < 60, node.name
+    lines = (ROOT / "train_llm.py").read_text().count("\n")
+    assert lines <= 1000, "simplify before you add"

@@ -1,0 +1,942 @@
+"""Train all the weights of a causal language model with PyTorch FSDP, on any number of ranks.
+
+    python train_llm.py --help                                  # options, grouped by consequence
+    torchrun --standalone --nproc-per-node 2 train_llm.py ...   # one machine, two ranks
+    bash launch.sh                                              # what most people type
+
+Read it from top to bottom. Each section opens with the problem it solves, the idea, and the cost;
+`main` is the whole story on one screen; what follows it stands in the order in which it is used.
+
+Words, the same everywhere: a *row* is one sequence of tokens; a *micro step* is one forward and
+backward pass of `--batch-size` rows on every rank; a *step* is `grad_accum_steps` micro steps and
+one update of the weights. "Checkpoint" alone is saved state; the recomputation of activations is
+"activation checkpointing".
+
+Shapes: B rows in a micro batch, T tokens in a row, V entries of the vocabulary, G rows in a step
+over all ranks, N prepared rows. A *target* is a token whose prediction counts in the loss.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+    offload_wrapper,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import download
+from download import InputError
+
+log = logging.getLogger("train_llm")
+HERE = Path(__file__).resolve().parent
+
+# --- 1. Options -----------------------------------------------------------------------------
+# Which option may I change without changing what is learned? So they are grouped by consequence:
+# "recipe" options change the result; "fit and speed" options give the same losses up to rounding,
+# with other memory and time, and the tests hold them to it. Everything that can be refused is
+# refused before any process group exists, with one message: found, needed, what to do.
+
+
+class OptionError(InputError):
+    """A command line that cannot be honoured: exit status 2."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise OptionError(f"{message} (see --help)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line, checked against each other. Raises OptionError."""
+    parser = ArgumentParser(
+        description="Train all the weights of a causal language model with PyTorch FSDP.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )
+    add = parser.add_argument_group("run: where things are").add_argument
+    add("--experiment-name", required=True, help="the run's name: a folder in --save-dir")
+    add("--save-dir", type=Path, default=Path("outputs"), help="folder of all experiments")
+    add("--rows-dir", type=Path, help="folder of prepared rows; None: $HF_HOME/rows")
+    add("--check", action="store_true", help="check the options, say what would run, and exit")
+
+    add = parser.add_argument_group("recipe: changes the result").add_argument
+    add("--model-name", required=True, help="folder or hub name of a Hugging Face causal LM")
+    add("--random-init", action="store_true", help="start from the config alone, not its weights")
+    add("--dataset-name", required=True, help="JSONL, JSON, Parquet or text file, folder of them,"
+        " or hub name")
+    add("--dataset-subset", help="configuration of a hub data set")
+    add("--dataset-split", default="train", help="split of a hub data set")
+    add("--seq-length", type=int, default=1024, help="tokens in a row")
+    add("--document-mask", action=argparse.BooleanOptionalAction, default=True,
+        help="documents in one row do not attend to each other")
+    add("--seed", type=int, default=0, help="order of the rows and --random-init")
+    add("--num-epochs", type=int, default=1, help="passes over the rows")
+    add("--max-steps", type=int, help="stop after this many steps, if epochs last longer")
+    add("--global-batch-size", type=int, default=64, help="rows in a step, over all ranks")
+    add("--lr", type=float, default=3e-5, help="peak learning rate of AdamW (betas 0.9, 0.95)")
+    add("--warmup-steps", type=int, default=0, help="steps of linear warmup to the peak")
+    add("--min-lr-ratio", type=float, default=0.1, help="end of the cosine, as a share of --lr")
+    add("--weight-decay", type=float, default=0.01, help="on matrices; never on vectors")
+    add("--max-grad-norm", type=float, default=1.0, help="clip to this norm; 0: never")
+
+    add = parser.add_argument_group("fit and speed: same result, other memory").add_argument
+    add("--batch-size", type=int, default=1, help="rows in one forward pass on one rank")
+    add("--checkpoint-activations", choices=["off", "on", "offload"], default="off",
+        help="on: keep only each layer's input and recompute the rest in the backward pass;"
+        " offload: keep that input in host memory (on CPU processes the same as on)")
+    add("--attn-implementation", default="sdpa", help="attention kernel, as transformers names it:"
+        " sdpa, eager, flash_attention_2, ...")
+    add("--reduce-dtype", choices=["float32", "bfloat16"], default="float32",
+        help="in which gradients are summed over ranks; bfloat16 halves that traffic")
+    add("--forward-prefetch", action=argparse.BooleanOptionalAction, default=False,
+        help="gather the next layer before this one's forward pass is issued")
+    add("--limit-all-gathers", action=argparse.BooleanOptionalAction, default=True,
+        help="let the host run at most two gathers ahead of the GPU")
+    add("--wrap-embedding", action=argparse.BooleanOptionalAction, default=True,
+        help="shard nn.Embedding as a unit of its own, freed as soon as it was used")
+
+    add = parser.add_argument_group("record: what is logged and kept").add_argument
+    add("--log-freq", type=int, default=10, help="steps between two rows of metrics.jsonl")
+    add("--export-dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the weights in SAVE_DIR/EXPERIMENT/model")
+    args = parser.parse_args(argv)
+    check_options(args)
+    return args
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what can be refused without touching a model or data set. Raises OptionError."""
+    for least, names in {
+        1: ("num_epochs", "max_steps", "global_batch_size", "batch_size", "log_freq"),
+        0: ("seed", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "lr"),
+        2: ("seq_length",),
+    }.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not (least <= value < math.inf):
+                raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    if args.min_lr_ratio > 1:
+        raise OptionError(f"--min-lr-ratio {args.min_lr_ratio}: must be a share, from 0 to 1")
+    rows = args.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    if args.global_batch_size % rows:
+        raise OptionError(
+            f"--global-batch-size {args.global_batch_size} must be a multiple of {rows}, the rows"
+            f" of one micro step over all ranks ({rows // args.batch_size} ranks of --batch-size"
+            f" {args.batch_size})"
+        )
+    if Path(args.experiment_name).name != args.experiment_name or args.experiment_name[:1] in ".-":
+        raise OptionError(f"--experiment-name {args.experiment_name!r} must be a plain folder name")
+    if args.dataset_subset and Path(args.dataset_name).exists():
+        raise OptionError("--dataset-subset has no effect on local files; leave it out")
+    if not torch.cuda.is_available():
+        useless = {
+            "--reduce-dtype bfloat16": args.reduce_dtype != "float32",
+            "--forward-prefetch": args.forward_prefetch,
+            "--no-limit-all-gathers": not args.limit_all_gathers,
+        }
+        for option in (name for name, given in useless.items() if given):
+            raise OptionError(f"{option} has no effect without a GPU; leave it out")
+    if int(os.environ.get("RANK", 0)) == 0:  # the one that writes
+        folder = args.save_dir / args.experiment_name
+        if (folder / "metrics.jsonl").exists():
+            raise OptionError(f"{folder} holds a run already; choose another --experiment-name or"
+                              " move that folder away")
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise OptionError(f"cannot write to {folder}: {nearest} is no folder, or not writable;"
+                              " choose another --save-dir")
+
+
+# --- 2. The story ---------------------------------------------------------------------------
+# What happens, in which order? The loop has two halves. The first holds everything that changes
+# the weights; below it, nothing does. No line of the first half makes the host wait for the GPU:
+# the loss and the gradient norm stay there until a row is logged.
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    model = build_model(args)  # on meta: names and shapes, no memory
+    if args.check:
+        return print(describe(args, model, find_rows(args), planned_processes()))
+
+    processes = join_processes()
+    rows = prepare_rows(args, processes)
+    steps = planned_steps(args, rows)
+    log.info(describe(args, model, rows, processes))
+    folder = make_run_folder(args, processes)
+
+    model = shard(model, load_weights(args, processes), args, processes)
+    state = TrainState(model, build_optimizer(model, args))
+    meter = Meter(args, model, rows, folder / "metrics.jsonl", processes)
+    grad_accum_steps = args.global_batch_size // (args.batch_size * processes.world_size)
+    while state.step < steps:
+        # ---- the step: everything that changes the weights ----
+        for group in state.optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(
+                state.step, warmup=args.warmup_steps, steps=steps, floor=args.min_lr_ratio
+            )
+        step_rows = rows_of_step(
+            state.step, rows=len(rows), global_batch_size=args.global_batch_size, seed=args.seed
+        )
+        targets = rows.count_targets(step_rows)  # over all ranks, known before the backward pass
+        loss = torch.zeros((), device=processes.device)
+        for micro_step in range(grad_accum_steps):
+            with meter.reading_data():
+                batch = rows.batch(rows_of_rank(step_rows, micro_step, args, processes), processes)
+            loss_sum = token_loss(state.model, *batch)
+            # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
+            (loss_sum * (processes.world_size / targets)).backward()
+            loss += loss_sum.detach() / targets
+        dist.all_reduce(loss)
+        grad_norm = state.model.clip_grad_norm_(args.max_grad_norm or math.inf)
+        state.hold_if_not_finite(loss, grad_norm)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)  # frees them: FSDP makes new ones anyway
+        state.step += 1
+        # ---- the record: nothing below changes the weights ----
+        meter.add(loss, grad_norm)
+        if state.step % args.log_freq == 0 or state.step == steps:
+            meter.write_row(state)
+    export_model(state.model, args, folder / "model", processes)
+    log.info("finished %d steps; the model is in %s", steps, folder / "model")
+    dist.destroy_process_group()  # leaving without it aborts at exit
+
+
+def describe(
+    args: argparse.Namespace, model: nn.Module, rows: "Rows | None", processes: "Processes"
+) -> str:
+    """What will run, in words: nothing about precision, kernel or size is left to be assumed."""
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    compute = str(compute_dtype(processes.device)).removeprefix("torch.")
+    micro = args.batch_size * processes.world_size
+    lines = dict(
+        model=f"{type(model).__name__}, {millions:,.1f} M parameters"
+        f"{', tied embeddings' if tied_embeddings(model) else ''}, {args.model_name}"
+        f"{', initialised at random' if args.random_init else ''}",
+        processes=f"{processes.world_size} on {processes.device.type}",
+        precision="parameters, gradients, optimizer state float32, sharded; compute"
+        f" {compute}; gradient sums {args.reduce_dtype}; export {args.export_dtype}",
+        attention=f"{model.config._attn_implementation}, documents in a row"
+        f" {'apart' if args.document_mask else 'see each other'}; activation checkpointing"
+        f" {args.checkpoint_activations}",
+        rows=f"{len(rows) if rows else 'not prepared yet'}, {args.seq_length}"
+        f" tokens, from {args.dataset_name}",
+        step=f"{args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens,"
+        f" as {args.global_batch_size // micro} micro steps of {micro} rows over all ranks",
+        steps=f"{planned_steps(args, rows) if rows else 'known when rows are prepared'}; lr {args.lr:g} after"
+        f" {args.warmup_steps} warmup steps, then a cosine to {args.lr * args.min_lr_ratio:g}",
+        output=str(args.save_dir / args.experiment_name),
+    )
+    return "\n".join(["this run", *(f"  {name:<10} {line}" for name, line in lines.items())])
+
+
+# --- 3. Processes ---------------------------------------------------------------------------
+# Slow work by one process (reading a data set, opening weights) makes the others wait, and a NCCL
+# collective gives up after ten minutes. So they wait on the key-value store that torchrun brings,
+# which is patient, and through which a failure travels too. Without torchrun there is one process.
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who this process is. `device` is what it computes on, `store` where it waits for others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    node: int
+    device: torch.device
+    store: dist.Store | None = None
+
+
+def planned_processes() -> Processes:
+    """As torchrun's environment says; without it, one lone process."""
+    rank, local_rank, world_size, node = (
+        int(os.environ.get(name, default)) for name, default in
+        {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "GROUP_RANK": 0}.items()
+    )
+    if not torch.cuda.is_available():
+        return Processes(rank, local_rank, world_size, node, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()};"
+            " start no more processes than GPUs (--nproc-per-node)"
+        )
+    return Processes(rank, local_rank, world_size, node, torch.device("cuda", local_rank))
+
+
+def join_processes() -> Processes:
+    """Join the process group: collectives of CPU tensors go over gloo, of GPU tensors over NCCL."""
+    planned = planned_processes()
+    store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+    if planned.device.type == "cuda":
+        torch.cuda.set_device(planned.device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if planned.device.type == "cuda" else "gloo",
+        store=store, rank=planned.rank, world_size=planned.world_size,
+    )
+    return replace(planned, store=dist.PrefixStore("train_llm", store))
+
+
+def while_others_wait(work: Callable, key: str, *, alone: bool, store: dist.Store) -> None:
+    """Run `work` where `alone` is true; elsewhere wait for it, for days if need be.
+
+    An InputError in `work` is raised there alone; the waiting processes leave without a word.
+    """
+    if alone:
+        try:
+            work()
+        except InputError:
+            store.set(key, "failed")
+            raise
+        store.set(key, "done")
+    else:
+        store.wait([key], timedelta(days=30))
+        if store.get(key) != b"done":
+            time.sleep(10)  # long enough for the one that failed to speak and be seen to fail
+            sys.exit(1)
+
+
+# --- 4. Model -------------------------------------------------------------------------------
+# 405 billion weights fit in no single memory. Every rank builds the model on the meta device
+# (shapes only); rank 0 alone opens the weights, memory-mapped, on its CPU. FSDP then wraps bottom
+# up, one unit at a time: the unit gets storage, rank 0 fills it, it is broadcast, and each rank
+# keeps its shard. Cost: no rank ever holds more than one unsharded unit, in float32.
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The model on the meta device, in float32. Raises InputError for what cannot be trained."""
+    try:
+        config = AutoConfig.from_pretrained(args.model_name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model-name {args.model_name}: no readable Hugging Face model there"
+            f" ({first_line(error)}); give a folder with config.json, or a hub name"
+        ) from None
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest and args.seq_length > longest:
+        raise InputError(
+            f"--seq-length {args.seq_length} is past the model's limit of {longest} positions"
+            f" (max_position_embeddings of {args.model_name}); lower it"
+        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=args.attn_implementation
+            )
+    except (ImportError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{args.model_name} with --attn-implementation {args.attn_implementation}:"
+            f" {first_line(error)}; install what is missing, or use sdpa"
+        ) from None
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    unmasked = {kind for kind in layers if not kind.endswith("attention") or "linear" in kind}
+    if args.document_mask and (not positions or unmasked):
+        why = f"has {', '.join(sorted(unmasked))} layers" if unmasked else "takes no position_ids"
+        raise InputError(
+            f"{args.model_name} {why}, so documents in a row cannot be kept apart;"
+            " accept that with --no-document-mask"
+        )
+    return model.train()
+
+
+def load_weights(args: argparse.Namespace, processes: Processes) -> nn.Module | None:
+    """On rank 0 the pretrained model, memory-mapped in its stored dtype; elsewhere None."""
+    source = None
+
+    def open_weights() -> None:
+        nonlocal source
+        # Another dtype than the stored one would read and convert every weight here and now.
+        try:
+            source, report = AutoModelForCausalLM.from_pretrained(
+                args.model_name, dtype="auto", output_loading_info=True
+            )
+        except Exception as error:  # safetensors, pickle, json and transformers each raise theirs
+            raise InputError(
+                f"the weights of {args.model_name} cannot be read ({first_line(error)});"
+                " fetch them again, or start without them with --random-init"
+            ) from error
+        missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+        if missing:
+            raise InputError(
+                f"the weights of {args.model_name} lack {len(missing)} tensors of the right shape,"
+                f" the first {missing[0]}; fetch the files again, or check that its config.json"
+                " belongs to them"
+            )
+
+    if not args.random_init:
+        while_others_wait(open_weights, "weights", alone=processes.rank == 0, store=processes.store)
+    return source
+
+
+def shard(
+    model: nn.Module, source: nn.Module | None, args: argparse.Namespace, processes: Processes
+) -> FSDP:
+    """`model` with its weights, sharded over all ranks; on rank 0 `source` is where they come from.
+
+    Sets, for the sections below: `tensor_names` (of the state dict, unsharded), `vectors` (names of
+    parameters with fewer than two dimensions), `matmul_parameters`.
+    """
+    facts = {
+        "tensor_names": set(model.state_dict()),
+        "vectors": {name for name, p in model.named_parameters() if p.ndim < 2},
+        "matmul_parameters": matmul_parameters(model),
+    }
+    layer_classes = decoder_layer_classes(model)
+    # A tied embedding is the output layer's weight too, which the root unit needs to the end.
+    apart = {nn.Embedding} if args.wrap_embedding and not tied_embeddings(model) else set()
+    mixed_precision = MixedPrecision(
+        param_dtype=compute_dtype(processes.device), reduce_dtype=getattr(torch, args.reduce_dtype)
+    )
+    on_gpu = processes.device.type == "cuda"
+    if processes.world_size == 1:  # FSDP then keeps whole parameters, and would say so every unit
+        warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
+    sharded = FSDP(
+        model,
+        device_mesh=init_device_mesh(processes.device.type, (processes.world_size,)),
+        device_id=processes.device,
+        auto_wrap_policy=functools.partial(
+            transformer_auto_wrap_policy, transformer_layer_cls=layer_classes | apart
+        ),
+        param_init_fn=build_filler(model, source, args.seed, processes),
+        sync_module_states=on_gpu,  # refuses CPU tensors: there the filler broadcasts itself
+        mixed_precision=mixed_precision if on_gpu else None,
+        use_orig_params=True,
+        forward_prefetch=args.forward_prefetch,
+        limit_all_gathers=args.limit_all_gathers,
+    )
+    if args.checkpoint_activations != "off":
+        # After FSDP: inside out, saved optimizer state would no longer find its parameters.
+        offload = args.checkpoint_activations == "offload"
+
+        def wrap(layer: nn.Module) -> nn.Module:
+            return offload_wrapper(checkpoint_wrapper(layer)) if offload else checkpoint_wrapper(layer)
+
+        apply_activation_checkpointing(
+            sharded,
+            checkpoint_wrapper_fn=wrap,
+            check_fn=lambda module: isinstance(module, tuple(layer_classes)),
+        )
+    check_filled(sharded)
+    for name, fact in facts.items():
+        setattr(sharded, name, fact)
+    return sharded
+
+
+def build_filler(
+    model: nn.Module, source: nn.Module | None, seed: int, processes: Processes
+) -> Callable[[nn.Module], None]:
+    """FSDP's `param_init_fn`: gives one module's own tensors storage and, on rank 0, their values.
+
+    Buffers that no file holds (rotary frequencies) are computed here, in float32: left alone they
+    would be what the memory contained, and taken from `source` be rounded to its stored dtype.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    sources = dict(zip(map(id, model.modules()), source.modules(), strict=True)) if source else {}
+    storage: dict[int, torch.Tensor] = {}  # by id of the meta tensor: tied ones share it
+
+    @torch.no_grad()
+    def fill(module: nn.Module) -> None:
+        own = []
+        for tensors in (module._parameters, module._buffers):
+            for name, meta in tensors.items():
+                if meta is None:
+                    continue
+                if meta.is_meta and id(meta) not in storage:
+                    tensor = torch.empty_like(meta, device=processes.device)
+                    if isinstance(meta, nn.Parameter):
+                        tensor = nn.Parameter(tensor, requires_grad=meta.requires_grad)
+                    storage[id(meta)] = tensor
+                tensors[name] = storage.get(id(meta), meta)
+                own.append(name)
+        computed = module._non_persistent_buffers_set  # by the model, not read from a file
+        if processes.rank == 0 and own and (source is None or computed):
+            # A seed for each module: the order in which units are wrapped does not matter.
+            torch.manual_seed(seed + zlib.crc32(names[id(module)].encode()))
+            model._init_weights(module)
+        if processes.rank == 0 and source is not None:
+            for name in set(own) - computed:
+                getattr(module, name).copy_(getattr(sources[id(module)], name))
+        if processes.device.type == "cpu":
+            for name in own:
+                dist.broadcast(getattr(module, name), src=0)
+
+    return fill
+
+
+def check_filled(model: nn.Module) -> None:
+    """Raises InputError, on every rank, if a parameter or buffer is on meta or not finite."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    bad = [name for name, t in tensors.items() if t.is_meta or not torch.isfinite(t).all()]
+    found = torch.tensor(len(bad), device=next(model.parameters()).device)
+    dist.all_reduce(found)
+    if found.item():
+        names = f": {', '.join(map(clean, bad[:3]))}" if bad else " on other ranks"
+        raise InputError(f"{found.item()} tensors are not finite after loading{names};"
+                         " check the model's files")
+
+
+def decoder_layer_classes(model: nn.Module) -> set[type]:
+    """Classes of the model's repeated layers, found by the names that transformers declares."""
+    names = set(model._no_split_modules or [])
+    found = {type(module) for module in model.modules() if type(module).__name__ in names}
+    if not found:
+        raise InputError(f"{type(model).__name__} declares no decoder layer (_no_split_modules is"
+                         f" {sorted(names)}), so FSDP does not know what to wrap")
+    return found
+
+
+def tied_embeddings(model: nn.Module) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where there are matrix units for it; on CPU processes float32, which is faster."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def clean(name: str) -> str:
+    """A parameter's name without the parts that wrappers added: the name in the model's files."""
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+# --- 5. Data --------------------------------------------------------------------------------
+# A resumed run must see the rows it would have seen. So the rows of a step are a function of
+# (seed, step) alone; there is no loader state to save, and any number of ranks shares them out.
+# How text becomes rows is download.py's story; here they are three memory-mapped files. Cost: the
+# row count is fixed when a run starts. There are no loader processes: a batch is a page-cache read.
+
+
+class Rows:
+    """Prepared rows: `tokens` (N, T) uint32, `marks` (N, T) uint8, `targets` (N,) uint32."""
+
+    def __init__(self, folder: Path, *, with_positions: bool):
+        self.folder, self.with_positions = folder, with_positions
+        self.meta = json.loads((folder / "meta.json").read_text())
+        shape = (self.meta["rows"], self.meta["seq_length"])
+        self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r", shape=shape)
+        self.marks = np.memmap(folder / "marks.bin", np.uint8, "r", shape=shape)
+        self.targets = np.fromfile(folder / "targets.bin", np.uint32)
+
+    def __len__(self) -> int:
+        return self.meta["rows"]
+
+    def count_targets(self, indices: np.ndarray) -> int:
+        """Tokens that count in the loss of these rows (1 if there are none: their loss is 0)."""
+        return max(1, int(self.targets[indices].sum(dtype=np.int64)))
+
+    def batch(self, indices: np.ndarray, processes: Processes) -> tuple[torch.Tensor | None, ...]:
+        """input_ids, labels and position_ids, each (B, T) int64, on the device.
+
+        labels[b, t] is the token to predict after input_ids[b, t], or -100 if it is no target.
+        Positions restart at each document, which is how transformers keeps documents apart.
+        """
+        tokens = self.tokens[indices].astype(np.int64)
+        marks = self.marks[indices]
+        labels = np.full_like(tokens, -100)
+        labels[:, :-1] = np.where(marks[:, 1:] & download.TARGET, tokens[:, 1:], -100)
+        positions = None
+        if self.with_positions:
+            here = np.arange(tokens.shape[1])
+            starts = np.where(marks & download.STARTS, here, 0)
+            positions = here - np.maximum.accumulate(starts, axis=1)
+        return tuple(a if a is None else to_device(a, processes.device)
+                     for a in (tokens, labels, positions))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device; from pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def row_inputs(args: argparse.Namespace) -> dict:
+    """All that shapes the rows, in the words of download.py."""
+    names = ("model_name", "dataset_name", "dataset_subset", "dataset_split", "seq_length",
+             "document_mask", "rows_dir")
+    return {name: getattr(args, name) for name in names}
+
+
+def find_rows(args: argparse.Namespace) -> Rows | None:
+    """The rows if they are prepared. Raises InputError if the data set or tokenizer is missing."""
+    folder = download.rows_folder(**row_inputs(args))
+    return Rows(folder, with_positions=args.document_mask) if folder.exists() else None
+
+
+def prepare_rows(args: argparse.Namespace, processes: Processes) -> Rows:
+    """The rows, made by the first process of each node if they are missing.
+
+    They are made by download.py in a process of its own: what it allocates is given back, and the
+    same command ahead of time makes the very same files.
+    """
+
+    def prepare() -> None:
+        words = [sys.executable, str(HERE / "download.py")]
+        for name, value in row_inputs(args).items():
+            if value is False:
+                words.append(f"--no-{name.replace('_', '-')}")
+            elif value not in (None, True):
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        if not find_rows(args) and subprocess.run(words, stdout=sys.stderr).returncode:
+            raise InputError("the rows could not be prepared: see download.py's message above")
+
+    while_others_wait(
+        prepare, f"rows/{processes.node}", alone=processes.local_rank == 0, store=processes.store
+    )
+    return find_rows(args)
+
+
+def planned_steps(args: argparse.Namespace, rows: Rows) -> int:
+    """Whole steps in --num-epochs, at most --max-steps. Raises InputError if there is not one."""
+    steps = args.num_epochs * len(rows) // args.global_batch_size
+    if not steps:
+        raise InputError(
+            f"{args.dataset_name} makes {len(rows)} rows of {args.seq_length} tokens, and"
+            f" {args.num_epochs} epochs of them are less than one step of --global-batch-size"
+            f" {args.global_batch_size}; lower it or --seq-length, or add data"
+        )
+    return min(steps, args.max_steps or steps)
+
+
+def rows_of_step(step: int, *, rows: int, global_batch_size: int, seed: int) -> np.ndarray:
+    """Indices (G,) of the rows of one step. Epochs follow each other without a gap."""
+    first = step * global_batch_size
+    places = np.arange(first, first + global_batch_size)
+    epochs = places // rows
+    indices = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = epoch_order(int(epoch), rows=rows, seed=seed)[places[chosen] % rows]
+    return indices
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(epoch: int, *, rows: int, seed: int) -> np.ndarray:
+    """A shuffled range(rows), (N,) uint32.
+
+    RandomState, because NumPy promises that its streams never change; those of Generator may, and a
+    run resumed after an upgrade would see other rows.
+    """
+    return np.random.RandomState([seed, epoch]).permutation(np.arange(rows, dtype=np.uint32))
+
+
+def rows_of_rank(
+    step_rows: np.ndarray, micro_step: int, args: argparse.Namespace, processes: Processes
+) -> np.ndarray:
+    """This rank's rows (B,) of one micro step, of the step's rows (G,)."""
+    shares = step_rows.reshape(-1, processes.world_size, args.batch_size)
+    return shares[micro_step, processes.rank]
+
+
+# --- 6. Loss, optimizer and schedule ----------------------------------------------------------
+# The loss of a step is the sum over its targets divided by their number, over all ranks and micro
+# steps: a mean of means would weigh a row with few targets like one with many. With bfloat16
+# weights most updates of fine-tuning would round to nothing, so AdamW works on the float32 shards.
+# Cost: 16 bytes a parameter (weights, gradients, two moments), divided by the number of ranks.
+
+
+def token_loss(
+    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """Sum of the cross entropy, in float32, over the targets among `labels` (B, T)."""
+    given = {} if positions is None else {"position_ids": positions}
+    logits = model(input_ids=input_ids, use_cache=False, **given).logits  # (B, T, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices, none on vectors (norms, biases).
+
+    Sharded parameters are all flat, so which were vectors was noted before sharding.
+    """
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[clean(name) in model.vectors].append(parameter)
+    decayed = {"params": groups[False], "weight_decay": args.weight_decay}
+    plain = {"params": groups[True], "weight_decay": 0.0}
+    return torch.optim.AdamW(
+        [group for group in (decayed, plain) if group["params"]],
+        lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True,
+    )
+
+
+def lr_factor(step: int, *, warmup: int, steps: int, floor: float) -> float:
+    """Share of the peak learning rate: linear up, then a cosine down to `floor` at `steps`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# --- 7. State -------------------------------------------------------------------------------
+# What outlives the run, and how do its weights leave it if no machine can hold them? `TrainState`
+# is the list. The export gathers one FSDP unit at a time, and rank 0 writes it to a file of its own,
+# in a folder that gets its name when it is whole. Cost: one unsharded unit on each rank.
+
+
+@dataclass
+class TrainState:
+    """A field is here if and only if a resumed run would need it."""
+
+    model: FSDP
+    optimizer: torch.optim.AdamW
+    step: int = 0  # steps finished; the rows of the next one follow from it
+
+    def hold_if_not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """From the first loss or norm (scalars, equal on all ranks) that is not finite, no update.
+
+        AdamW's fused kernel reads `found_inf` on the device and then leaves weights and moments
+        alone; so the host need not look before a row is logged, and then finds the last good ones.
+        """
+        bad = 1 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
+        held = getattr(self.optimizer, "found_inf", torch.zeros_like(bad))
+        self.optimizer.found_inf = torch.maximum(held, bad)
+
+
+def make_run_folder(args: argparse.Namespace, processes: Processes) -> Path:
+    """SAVE_DIR/EXPERIMENT, on rank 0 with args.json and versions.json in it."""
+    folder = args.save_dir / args.experiment_name
+    if processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        write_json(folder / "args.json", options)
+        write_json(folder / "versions.json", versions(processes))
+    return folder
+
+
+def export_model(model: FSDP, args: argparse.Namespace, folder: Path, processes: Processes) -> None:
+    """Write the weights as Hugging Face safetensors, with config and tokenizer, into `folder`."""
+    dtype = getattr(torch, args.export_dtype)
+    half_made = folder.with_name(f".{folder.name}.half-made")
+    if processes.rank == 0:
+        shutil.rmtree(half_made, ignore_errors=True)
+        half_made.mkdir()
+    units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FSDP)]
+    files = {}
+    for i, (unit_name, unit) in enumerate(units, start=1):
+        with FSDP.summon_full_params(unit, recurse=False, writeback=False):  # a collective
+            if processes.rank == 0:
+                file = f"model-{i:05}-of-{len(units):05}.safetensors"
+                tensors = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
+                           for name, tensor in own_tensors(unit_name, unit, model.tensor_names)}
+                save_file(tensors, half_made / file, metadata={"format": "pt"})
+                files |= dict.fromkeys(tensors, file)
+    if processes.rank == 0:
+        write_json(half_made / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+        config = model.module.config
+        config.dtype, config.architectures = dtype, [type(model.module).__name__]
+        config.save_pretrained(half_made)
+        with contextlib.suppress(OSError):  # many models have none
+            GenerationConfig.from_pretrained(args.model_name).save_pretrained(half_made)
+        AutoTokenizer.from_pretrained(args.model_name).save_pretrained(half_made)
+        shutil.rmtree(folder, ignore_errors=True)
+        half_made.rename(folder)
+
+
+def own_tensors(
+    unit_name: str, unit: FSDP, wanted: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of what lies in `unit` and in no unit inside it; tied tensors come once."""
+    inner = [module for module in FSDP.fsdp_modules(unit) if module is not unit]
+    others = {id(t) for module in inner for t in (*module.parameters(), *module.buffers())}
+    for name, tensor in (*unit.named_parameters(), *unit.named_buffers()):
+        name = clean(f"{unit_name}.{name}".lstrip("."))
+        if id(tensor) not in others and name in wanted:
+            yield name, tensor
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def versions(processes: Processes) -> dict:
+    """What this run is made of, for whoever has to explain its numbers a year from now."""
+    packages = ("torch", "transformers", "datasets", "huggingface_hub", "tqdm", "flash-attn")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    on_gpu = processes.device.type == "cuda"
+    return {
+        **found,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
+        "world_size": processes.world_size,
+        "train_llm_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+# --- 8. Measures ----------------------------------------------------------------------------
+# Reading a number from a GPU makes the host wait for all that was issued before. So the meter keeps
+# losses and norms on the device, and reads them together, once every --log-freq steps, on every
+# rank; there a value that is not finite stops all of them at once. Rank 0 writes the row.
+
+# Dense bfloat16 FLOP/s of one GPU by the makers' data sheets, the base of `mfu`. The first name
+# found in the device's own is taken; for any other device mfu is null rather than a guess.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H20": 148e12,
+    "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12,
+    "MI300X": 1307e12,
+}
+
+
+class Meter:
+    """Time, throughput and memory of a run; writes `metrics.jsonl` and shows progress on rank 0.
+
+    A row's `loss`, `grad_norm` and `lr` are those of its own step, its times the mean since the row
+    before. Throughput counts every token of the rows, targets or not.
+    """
+
+    def __init__(self, args, model: FSDP, rows: Rows, path: Path, processes: Processes):
+        self.args, self.path, self.rows, self.processes = args, path, rows, processes
+        config = model.module.config.get_text_config()
+        self.flops_per_token = flops_per_token(config, model.matmul_parameters, args.seq_length)
+        self.pending: list[torch.Tensor] = []
+        self.data_seconds, self.row_started = 0.0, time.perf_counter()
+        self.bar = tqdm(
+            total=planned_steps(args, rows), disable=processes.rank != 0, unit="step", smoothing=0.1
+        )
+
+    @contextlib.contextmanager
+    def reading_data(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - started
+
+    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        self.pending.append(torch.stack((loss, grad_norm.to(loss))))
+        self.bar.update()
+
+    def write_row(self, state: TrainState) -> None:
+        """Raises InputError on every rank if a loss or norm since the last row is not finite."""
+        values = torch.stack(self.pending).tolist()  # waits for the GPU
+        first = state.step - len(values) + 1
+        for step, (loss, grad_norm) in enumerate(values, start=first):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise InputError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}. No update was made from"
+                    " that step on and nothing was exported; lower --lr, lengthen --warmup-steps,"
+                    " or look at the rows of that step"
+                )
+        now = time.perf_counter()
+        step_seconds = (now - self.row_started) / len(values)
+        tokens = self.args.global_batch_size * self.args.seq_length
+        per_gpu = tokens / step_seconds / self.processes.world_size
+        loss, grad_norm = values[-1]
+        row = {
+            "step": state.step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": per_gpu * self.processes.world_size,
+            "tokens_per_second_per_gpu": per_gpu,
+            "mfu": self.mfu(per_gpu),
+            "step_seconds": step_seconds,
+            "data_seconds": self.data_seconds / len(values),
+            "peak_memory_gib": peak_memory_gib(self.processes.device),
+            "epoch": state.step * self.args.global_batch_size / len(self.rows),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        }
+        if self.processes.rank == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
+            )
+        self.pending.clear()
+        self.data_seconds, self.row_started = 0.0, now
+
+    def mfu(self, tokens_per_second_per_gpu: float) -> float | None:
+        if self.processes.device.type != "cuda" or self.flops_per_token is None:
+            return None
+        name = torch.cuda.get_device_name()
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        return peak and tokens_per_second_per_gpu * self.flops_per_token / peak
+
+
+def matmul_parameters(model: nn.Module) -> int:
+    """Parameters that multiply every token: all, but for an embedding that is only looked up."""
+    total = sum(p.numel() for p in model.parameters())
+    return total - (0 if tied_embeddings(model) else model.get_input_embeddings().weight.numel())
+
+
+def flops_per_token(config, matmul_parameters: int, seq_length: int) -> float | None:
+    """Floating-point operations for one token, forward and backward; None if unknown.
+
+    6 N + 6 L H Q T: appendix B of PaLM (arXiv 2204.02311), its attention term halved, since half
+    of a causal matrix is never needed. Recomputation is not counted: it lowers the utilisation.
+    Unknown for mixtures of experts, where a token meets only some of the parameters.
+    """
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        return None
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6 * matmul_parameters + 6 * config.num_hidden_layers * heads * head_dim * seq_length
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory so far: allocated on the GPU, or resident in a CPU process (GiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    log.disabled = int(os.environ.get("RANK", 0)) > 0
+    try:
+        main()
+    except InputError as error:
+        # All processes of a node may have found this error: the first one speaks, and torchrun then
+        # ends the others. One still alive after ten seconds found an error of its own.
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(10)
+        print(f"train_llm.py: error: {error}", file=sys.stderr, flush=True)
+        # At once: a process group whose other members wait cannot be left in good order.
+        os._exit(2 if isinstance(error, OptionError) else 1)
