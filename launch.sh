@@ -80,7 +80,7 @@ choose_name() {
             refuse "the run has no name: give --name NAME (it names logs/NAME and outputs/NAME)"
         name=demo
     fi
-    # the name becomes part of paths and of a socket's name, which has room for about 100 bytes
+    # the name becomes part of paths and of a socket's name, which has room for about 107 bytes
     [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$ ]] ||
         refuse "'$name' cannot name a run: use up to 64 letters, digits, dots, dashes, underscores"
 }
@@ -107,7 +107,9 @@ start() {
     mkdir -p logs
     exec {lock}> logs/.lock # one start at a time: a second one waits, then finds the name taken
     flock "$lock"
-    if [[ $(processes) ]] || tmux -L "train_llm-$name" has-session 2> /dev/null; then
+    # runs of this name in another folder are other runs: the socket's name tells them apart
+    socket=train_llm-$name-$(cksum <<< "$PWD" | cut -d' ' -f1)
+    if [[ $(processes) ]] || tmux -L "$socket" has-session 2> /dev/null; then
         abort "$name is already running; give another --name, or: bash launch.sh stop --name $name"
     fi
 
@@ -130,7 +132,7 @@ start() {
     write_run_script > "$run_dir/run.sh"
     # -f /dev/null: the user's tmux.conf could keep panes or start other programs in them
     TRAIN_LLM_RUN_ID=$(< "$run_dir/run_id") \
-        tmux -L "train_llm-$name" -f /dev/null new-session -d bash "$run_dir/run.sh" {lock}>&-
+        tmux -L "$socket" -f /dev/null new-session -d bash "$run_dir/run.sh" {lock}>&-
     tell_started
 }
 
@@ -253,7 +255,8 @@ stop() {
     while pids=$(processes); [[ $pids ]]; do
         for pid in $pids; do
             [[ ${sent[$pid]:-} != "$signal" ]] || continue
-            command=$(tr '\0\n' '  ' 2> /dev/null < "/proc/$pid/cmdline") || continue # ended by now
+            command=$(tr '\0\n' '  ' 2> /dev/null < "/proc/$pid/cmdline") || true
+            [[ $command ]] || continue # it has just ended
             # tmux ends by itself after its last process; ended sooner, it would hang up on torchrun
             [[ $signal$command != TERMtmux* || $pids == "$pid" ]] || continue
             echo "$name on $host: SIG$signal to $pid ${command:0:90}"

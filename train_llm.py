@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             group["lr"] = args.lr * lr_factor(
                 state.step, warmup=args.warmup_steps, steps=steps, floor=args.min_lr_ratio
             )
+        torch.manual_seed(seed_of(args.seed, state.step, processes.rank))  # for dropout
         step_rows = rows_of_step(
             state.step, rows=len(rows), global_batch_size=args.global_batch_size, seed=args.seed
         )
@@ -255,8 +256,9 @@ def describe(
         f" tokens, from {args.dataset_name}",
         step=f"{args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens,"
         f" as {args.global_batch_size // micro} micro steps of {micro} rows over all ranks",
-        steps=f"{planned_steps(args, rows) if rows else 'known when rows are prepared'}; lr {args.lr:g} after"
-        f" {args.warmup_steps} warmup steps, then a cosine to {args.lr * args.min_lr_ratio:g}",
+        steps=f"{planned_steps(args, rows) if rows else 'known when rows are prepared'}; lr"
+        f" {args.lr:g} after {args.warmup_steps} warmup steps, then a cosine to"
+        f" {args.lr * args.min_lr_ratio:g}",
         output=str(args.save_dir / args.experiment_name),
     )
     return "\n".join(["this run", *(f"  {name:<10} {line}" for name, line in lines.items())])
@@ -442,7 +444,8 @@ def shard(
         offload = args.checkpoint_activations == "offload"
 
         def wrap(layer: nn.Module) -> nn.Module:
-            return offload_wrapper(checkpoint_wrapper(layer)) if offload else checkpoint_wrapper(layer)
+            layer = checkpoint_wrapper(layer)
+            return offload_wrapper(layer) if offload else layer
 
         apply_activation_checkpointing(
             sharded,
@@ -484,7 +487,7 @@ def build_filler(
         computed = module._non_persistent_buffers_set  # by the model, not read from a file
         if processes.rank == 0 and own and (source is None or computed):
             # A seed for each module: the order in which units are wrapped does not matter.
-            torch.manual_seed(seed + zlib.crc32(names[id(module)].encode()))
+            torch.manual_seed(seed_of(seed, zlib.crc32(names[id(module)].encode())))
             model._init_weights(module)
         if processes.rank == 0 and source is not None:
             for name in set(own) - computed:
@@ -549,8 +552,7 @@ def first_line(error: Exception) -> str:
 class Rows:
     """Prepared rows: `tokens` (N, T) uint32, `marks` (N, T) uint8, `targets` (N,) uint32."""
 
-    def __init__(self, folder: Path, *, with_positions: bool):
-        self.folder, self.with_positions = folder, with_positions
+    def __init__(self, folder: Path):
         self.meta = json.loads((folder / "meta.json").read_text())
         shape = (self.meta["rows"], self.meta["seq_length"])
         self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r", shape=shape)
@@ -575,7 +577,7 @@ class Rows:
         labels = np.full_like(tokens, -100)
         labels[:, :-1] = np.where(marks[:, 1:] & download.TARGET, tokens[:, 1:], -100)
         positions = None
-        if self.with_positions:
+        if self.meta["document_mask"]:
             here = np.arange(tokens.shape[1])
             starts = np.where(marks & download.STARTS, here, 0)
             positions = here - np.maximum.accumulate(starts, axis=1)
@@ -599,7 +601,7 @@ def row_inputs(args: argparse.Namespace) -> dict:
 def find_rows(args: argparse.Namespace) -> Rows | None:
     """The rows if they are prepared. Raises InputError if the data set or tokenizer is missing."""
     folder = download.rows_folder(**row_inputs(args))
-    return Rows(folder, with_positions=args.document_mask) if folder.exists() else None
+    return Rows(folder) if folder.exists() else None
 
 
 def prepare_rows(args: argparse.Namespace, processes: Processes) -> Rows:
@@ -622,7 +624,14 @@ def prepare_rows(args: argparse.Namespace, processes: Processes) -> Rows:
     while_others_wait(
         prepare, f"rows/{processes.node}", alone=processes.local_rank == 0, store=processes.store
     )
-    return find_rows(args)
+    rows = find_rows(args)
+    digest = json.dumps(rows.meta["sha256"], sort_keys=True)
+    if processes.store.compare_set("rows", "", digest).decode() != digest:
+        raise InputError(
+            f"node {processes.node} has other rows of {args.dataset_name} than a node before it;"
+            " copy the same data and tokenizer to every node"
+        )
+    return rows
 
 
 def planned_steps(args: argparse.Namespace, rows: Rows) -> int:
@@ -657,6 +666,11 @@ def epoch_order(epoch: int, *, rows: int, seed: int) -> np.ndarray:
     run resumed after an upgrade would see other rows.
     """
     return np.random.RandomState([seed, epoch]).permutation(np.arange(rows, dtype=np.uint32))
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers, none of which can stand in for another."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def rows_of_rank(
@@ -711,8 +725,8 @@ def lr_factor(step: int, *, warmup: int, steps: int, floor: float) -> float:
 
 # --- 7. State -------------------------------------------------------------------------------
 # What outlives the run, and how do its weights leave it if no machine can hold them? `TrainState`
-# is the list. The export gathers one FSDP unit at a time, and rank 0 writes it to a file of its own,
-# in a folder that gets its name when it is whole. Cost: one unsharded unit on each rank.
+# is the list. The export gathers one FSDP unit at a time, and rank 0 writes it to a file, in a
+# folder that gets its name when it is whole. Cost: one unsharded unit on each rank.
 
 
 @dataclass
@@ -763,7 +777,8 @@ def export_model(model: FSDP, args: argparse.Namespace, folder: Path, processes:
                 save_file(tensors, half_made / file, metadata={"format": "pt"})
                 files |= dict.fromkeys(tensors, file)
     if processes.rank == 0:
-        write_json(half_made / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+        index = {"metadata": {}, "weight_map": files}
+        write_json(half_made / "model.safetensors.index.json", index)
         config = model.module.config
         config.dtype, config.architectures = dtype, [type(model.module).__name__]
         config.save_pretrained(half_made)

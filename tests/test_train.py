@@ -45,6 +45,7 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     models = {"llama": tiny} | {
         kind: build_tiny_model(folder / kind, kind) for kind in ("qwen3", "gemma", "mistral")
     }
+    models["dropout"] = build_tiny_model(folder / "dropout-model", attention_dropout=0.3)
     for model in models.values():  # in this process: the script would start one for each
         download.prepare_rows(model_name=str(model), dataset_name=str(corpus), seq_length=LENGTH,
                               rows_dir=rows_dir)
@@ -60,6 +61,8 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "qwen3": (2, "qwen3", dict(batch_size=3)),
         "gemma": (2, "gemma", dict(batch_size=1, checkpoint_activations="on")),
         "mistral": (2, "mistral", dict(batch_size=3)),
+        "dropout": (2, "dropout", dict(batch_size=3, max_steps=3)),
+        "dropout-again": (2, "dropout", dict(batch_size=3, max_steps=3)),
         "random-1": (1, "llama", dict(random_init=True, max_steps=1)),
         "random-3": (3, "llama", dict(random_init=True, max_steps=1)),
     }
@@ -85,7 +88,9 @@ def expected(runs, corpus, rows_dir):
     """(losses, norms, model) of plain PyTorch, by kind of model."""
     found = {}
     for kind, model in runs["models"].items():
-        rows = train_llm.Rows(rows_folder(model, corpus, rows_dir), with_positions=True)
+        if kind == "dropout":
+            continue
+        rows = train_llm.Rows(rows_folder(model, corpus, rows_dir))
         order = [train_llm.rows_of_step(step, rows=len(rows), global_batch_size=BATCH, seed=3)
                  for step in range(STEPS)]
         found[kind] = reference.train(
@@ -119,7 +124,7 @@ def test_losses_norms_and_weights_are_those_of_plain_pytorch(name, runs, expecte
 
 
 def test_steps_have_rows_with_different_numbers_of_targets(tiny, corpus, rows_dir, runs):
-    rows = train_llm.Rows(rows_folder(tiny, corpus, rows_dir), with_positions=True)
+    rows = train_llm.Rows(rows_folder(tiny, corpus, rows_dir))
     first = train_llm.rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
     assert len(set(rows.targets[first].tolist())) > 2
 
@@ -128,6 +133,12 @@ def test_recomputation_changes_not_one_bit(runs):
     losses = [[row["loss"] for row in read_metrics(runs[name])]
               for name in ("two", "recomputed", "offloaded")]
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_dropout_is_drawn_anew_each_step_and_the_same_each_run(runs):
+    losses = [[row["loss"] for row in read_metrics(runs[name])[:3]]
+              for name in ("dropout", "dropout-again", "two")]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_random_weights_are_the_same_on_any_number_of_ranks(runs):
@@ -185,7 +196,7 @@ def arrived(tmp_path_factory, corpus, rows_dir):
 def test_a_changed_first_document_leaves_the_logits_of_the_second_bit_equal(
     kind, attention, runs, corpus, rows_dir
 ):
-    rows = train_llm.Rows(rows_folder(runs["models"][kind], corpus, rows_dir), with_positions=True)
+    rows = train_llm.Rows(rows_folder(runs["models"][kind], corpus, rows_dir))
     row = next(i for i in range(len(rows)) if 8 < np.flatnonzero(rows.marks[i] & 1)[-1] < 24)
     second = np.flatnonzero(rows.marks[row] & 1)[-1]
     here = train_llm.planned_processes()
@@ -210,7 +221,7 @@ def test_without_document_mask_a_row_is_one_stretch_of_text(tmp_path, tiny, corp
         dataset_name=corpus, document_mask=False, max_steps=1))
     folder = download.rows_folder(model_name=str(tiny), dataset_name=str(corpus),
                                   seq_length=LENGTH, document_mask=False, rows_dir=rows_dir)
-    rows = train_llm.Rows(folder, with_positions=False)
+    rows = train_llm.Rows(folder)
     first = train_llm.rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
     ids = torch.from_numpy(rows.tokens[first].astype(np.int64))
     model = AutoModelForCausalLM.from_pretrained(tiny)
