@@ -341,7 +341,7 @@ def find_files(name: str) -> tuple[Path, list[Path]]:
             raise InputError(f"{name} is of no kind that can be read; needed: {kinds}")
         root, paths = root.parent, [root]
     else:
-        paths = [path for path in sorted(root.rglob("*"), reverse=True) if path.is_file() and reader_of(path)
+        paths = [path for path in sorted(root.rglob("*")) if path.is_file() and reader_of(path)
                  and not any(part.startswith(".") for part in path.relative_to(root).parts)]
         if not paths:
             raise InputError(f"folder {name} has no file that can be read; needed: {kinds}")

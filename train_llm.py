@@ -129,8 +129,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("record: what is logged and kept").add_argument
     add("--log-freq", type=int, default=10, help="steps between two rows of metrics.jsonl")
-    add("--export-dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of the weights in SAVE_DIR/EXPERIMENT/model")
+    add("--export-dtype", choices=["float32", "bfloat16", "none"], default="float32",
+        help="of the weights in SAVE_DIR/EXPERIMENT/model; none: write none, for measurements")
     args = parser.parse_args(argv)
     check_options(args)
     return args
@@ -230,8 +230,9 @@ def main(argv: list[str] | None = None) -> None:
         meter.add(loss, grad_norm)
         if state.step % args.log_freq == 0 or state.step == steps:
             meter.write_row(state)
-    export_model(state.model, args, folder / "model", processes)
-    log.info("finished %d steps; the model is in %s", steps, folder / "model")
+    if args.export_dtype != "none":
+        export_model(state.model, args, folder / "model", processes)
+    log.info("finished %d steps, see %s", steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
 
 

@@ -7,6 +7,7 @@ A job is {"do": "train", "argv": [...]}, the script's own `main`, or {"do": "com
 which of them are not bit for bit those of `from_pretrained`.
 """
 
+import gc
 import json
 import os
 import sys
@@ -48,5 +49,8 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = str(port + i)
         if job["do"] == "train":
             train_llm.main(job["argv"])
+            gc.collect()  # a model is full of cycles; the next job measures its own memory
+            torch.cuda.empty_cache()
+            torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
         else:
             compare(job["argv"], job["out"])

@@ -130,6 +130,7 @@ def test_8b_wide_layers_train_and_their_figures_are_sane(tmp_path, rows_dir):
         done = torchrun(min(GPUS, 2), "train_llm.py", *options_of(
             experiment_name=mode, save_dir=tmp_path, rows_dir=rows_dir, model_name=model,
             dataset_name=tmp_path / "demo" / "corpus.jsonl", random_init=True, seq_length=4096,
+            export_dtype="none",
             global_batch_size=min(GPUS, 2), max_steps=15, log_freq=5, checkpoint_activations=mode))
         assert done.returncode == 0, done.stderr[-3000:]
         row = read_metrics(tmp_path / mode)[-1]
