@@ -156,10 +156,11 @@ def test_whatever_shapes_the_rows_changes_their_folder(inputs, model, tmp_path):
     folders = [rows_folder(**inputs), rows_folder(**inputs, document_mask=False),
                rows_folder(**inputs | dict(seq_length=T + 1))]
     for change in (lambda: os.utime(data, ns=(1, 1)), lambda: write_lines(data, TEXTS[1:]),
-                   lambda: edit(tmp_path / "model/tokenizer.json", version="1.1")):
+                   lambda: edit(tmp_path / "model/tokenizer.json", version="1.1"),
+                   lambda: edit(tmp_path / "model/tokenizer_config.json", eos_token="the")):
         change()
         folders.append(rows_folder(**inputs))
-    assert len(set(folders)) == len(folders) == 6
+    assert len(set(folders)) == len(folders) == 7
 
 
 def test_where_data_and_model_lie_does_not_change_the_key(inputs, model, tmp_path):
