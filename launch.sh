@@ -18,8 +18,8 @@ set -euo pipefail
 # What `bash launch.sh` trains when no model is named; OPTIONS come after these, and the last wins.
 demo_recipe=(
     --model-name demo/model --dataset-name demo/corpus.jsonl
-    --seq-length 256 --batch-size 4 --global-batch-size 16 --max-steps 200
-    --lr 1e-3 --warmup-steps 20 --log-freq 5
+    --seq-length 256 --batch-size 4 --global-batch-size 8 --max-steps 350
+    --lr 5e-3 --warmup-steps 20 --log-freq 5
 )
 
 abort() { echo "launch.sh: $*" >&2; exit 1; }
