@@ -7,13 +7,11 @@
 Read it from top to bottom. Each section opens with the problem it solves, the idea, and the cost;
 `main` is the whole story on one screen; what follows it stands in the order in which it is used.
 
-Words, the same everywhere: a *row* is one sequence of tokens; a *micro step* is one forward and
-backward pass of `--batch-size` rows on every rank; a *step* is `grad_accum_steps` micro steps and
-one update of the weights. "Checkpoint" alone is saved state; the recomputation of activations is
-"activation checkpointing".
-
-Shapes: B rows in a micro batch, T tokens in a row, V entries of the vocabulary, G rows in a step
-over all ranks, N prepared rows. A *target* is a token whose prediction counts in the loss.
+A *row* is one sequence of tokens; a *micro step* is a forward and backward pass of `--batch-size`
+rows on every rank; a *step* is `grad_accum_steps` of them and one update. A *target* is a token
+whose prediction counts in the loss. "Checkpoint" alone is saved state; the recomputation of
+activations is "activation checkpointing". Shapes: B rows in a micro batch, T tokens in a row, V
+entries of the vocabulary, G rows in a step over all ranks, N prepared rows.
 """
 
 import argparse
@@ -29,12 +27,14 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,11 +45,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
     offload_wrapper,
 )
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint import planner as dcp_planner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision
@@ -90,8 +95,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-dir", type=Path, default=Path("outputs"), help="folder of all experiments")
     add("--rows-dir", type=Path, help="folder of prepared rows; None: $HF_HOME/rows")
     add("--check", action="store_true", help="check the options, say what would run, and exit")
+    add("--allow-changes", action="store_true", help="resume although recipe options differ from"
+        " those the run was started with")
 
-    add = parser.add_argument_group("recipe: changes the result").add_argument
+    recipe = parser.add_argument_group("recipe: changes the result")
+    add = recipe.add_argument
     add("--model-name", required=True, help="folder or hub name of a Hugging Face causal LM")
     add("--random-init", action="store_true", help="start from the config alone, not its weights")
     add("--dataset-name", required=True, help="JSONL, JSON, Parquet or text file, folder of them,"
@@ -129,18 +137,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("record: what is logged and kept").add_argument
     add("--log-freq", type=int, default=10, help="steps between two rows of metrics.jsonl")
+    add("--ckpt-freq", type=int, default=500, help="steps between checkpoints, and one at the end;"
+        " 0: none at all")
+    add("--async-checkpoint", choices=["off", "on"], default="off", help="on: write checkpoints"
+        " beside training; needs 12 bytes of host memory a parameter, divided by the ranks")
+    add("--keep-checkpoints", type=int, default=2, help="newest checkpoints that are kept")
     add("--export-dtype", choices=["float32", "bfloat16", "none"], default="float32",
         help="of the weights in SAVE_DIR/EXPERIMENT/model; none: write none, for measurements")
     args = parser.parse_args(argv)
     check_options(args)
+    check_run_folder(args, recipe=[action.dest for action in recipe._group_actions])
     return args
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what can be refused without touching a model or data set. Raises OptionError."""
     for least, names in {
-        1: ("num_epochs", "max_steps", "global_batch_size", "batch_size", "log_freq"),
-        0: ("seed", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "lr"),
+        1: ("num_epochs", "max_steps", "global_batch_size", "batch_size", "log_freq",
+            "keep_checkpoints"),
+        0: ("seed", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "lr",
+            "ckpt_freq"),
         2: ("seq_length",),
     }.items():
         for name in names:
@@ -168,15 +184,23 @@ def check_options(args: argparse.Namespace) -> None:
         }
         for option in (name for name, given in useless.items() if given):
             raise OptionError(f"{option} has no effect without a GPU; leave it out")
-    if int(os.environ.get("RANK", 0)) == 0:  # the one that writes
-        folder = args.save_dir / args.experiment_name
-        if (folder / "metrics.jsonl").exists():
-            raise OptionError(f"{folder} holds a run already; choose another --experiment-name or"
-                              " move that folder away")
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise OptionError(f"cannot write to {folder}: {nearest} is no folder, or not writable;"
-                              " choose another --save-dir")
+
+
+def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
+    """Refuse a folder that cannot be written, or a run begun with another recipe."""
+    folder = args.save_dir / args.experiment_name
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise OptionError(f"cannot write to {folder}: {nearest} is no folder, or not writable;"
+                          " choose another --save-dir")
+    if args.allow_changes or not list(folder.glob("checkpoints/*/.metadata")):
+        return
+    begun_with, asked = json.loads((folder / "args.json").read_text()), as_json(vars(args))
+    changed = [f"--{name.replace('_', '-')} was {begun_with[name]}, is {asked[name]}"
+               for name in recipe if begun_with.get(name, asked[name]) != asked[name]]
+    if changed:
+        raise OptionError(f"{folder} was begun with another recipe: {'; '.join(changed)}. Give the"
+                          " old values, another --experiment-name, or --allow-changes")
 
 
 # --- 2. The story ---------------------------------------------------------------------------
@@ -196,12 +220,13 @@ def main(argv: list[str] | None = None) -> None:
     steps = planned_steps(args, rows)
     log.info(describe(args, model, rows, processes))
     folder = make_run_folder(args, processes)
-
-    model = shard(model, load_weights(args, processes), args, processes)
-    state = TrainState(model, build_optimizer(model, args))
-    meter = Meter(args, model, rows, folder / "metrics.jsonl", processes)
+    heart = Heart(folder, steps, processes)
+    state = begin_or_resume(model, folder, args, processes)
+    saver = Saver(folder, args, processes, state.step)
+    meter = Meter(args, state, rows, folder / "metrics.jsonl", processes)
+    stop = StopRequest(folder)
     grad_accum_steps = args.global_batch_size // (args.batch_size * processes.world_size)
-    while state.step < steps:
+    while state.step < steps and not stop.agreed():
         # ---- the step: everything that changes the weights ----
         for group in state.optimizer.param_groups:
             group["lr"] = args.lr * lr_factor(
@@ -220,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
             (loss_sum * (processes.world_size / targets)).backward()
             loss += loss_sum.detach() / targets
-        dist.all_reduce(loss)
+        loss = stop.sum_over_ranks(loss)
         grad_norm = state.model.clip_grad_norm_(args.max_grad_norm or math.inf)
         state.hold_if_not_finite(loss, grad_norm)
         state.optimizer.step()
@@ -228,11 +253,19 @@ def main(argv: list[str] | None = None) -> None:
         state.step += 1
         # ---- the record: nothing below changes the weights ----
         meter.add(loss, grad_norm)
-        if state.step % args.log_freq == 0 or state.step == steps:
-            meter.write_row(state)
-    if args.export_dtype != "none":
+        heart.beat("training", state.step)
+        if state.step % args.log_freq == 0 or saver.is_due(state.step):
+            meter.write_row(state)  # and stop here if a value is not finite
+        if saver.is_due(state.step):
+            saver.save(state, heart)
+    meter.write_row(state)
+    saver.save(state, heart)
+    saver.finish()
+    if state.step == steps and args.export_dtype != "none":
+        heart.beat("exporting", state.step)
         export_model(state.model, args, folder / "model", processes)
-    log.info("finished %d steps, see %s", steps, folder)
+    heart.beat("finished", state.step)
+    log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
 
 
@@ -243,26 +276,24 @@ def describe(
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     compute = str(compute_dtype(processes.device)).removeprefix("torch.")
     micro = args.batch_size * processes.world_size
-    lines = dict(
-        model=f"{type(model).__name__}, {millions:,.1f} M parameters"
-        f"{', tied embeddings' if tied_embeddings(model) else ''}, {args.model_name}"
-        f"{', initialised at random' if args.random_init else ''}",
-        processes=f"{processes.world_size} on {processes.device.type}",
-        precision="parameters, gradients, optimizer state float32, sharded; compute"
-        f" {compute}; gradient sums {args.reduce_dtype}; export {args.export_dtype}",
-        attention=f"{model.config._attn_implementation}, documents in a row"
-        f" {'apart' if args.document_mask else 'see each other'}; activation checkpointing"
-        f" {args.checkpoint_activations}",
-        rows=f"{len(rows) if rows else 'not prepared yet'}, {args.seq_length}"
-        f" tokens, from {args.dataset_name}",
-        step=f"{args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens,"
-        f" as {args.global_batch_size // micro} micro steps of {micro} rows over all ranks",
-        steps=f"{planned_steps(args, rows) if rows else 'known when rows are prepared'}; lr"
-        f" {args.lr:g} after {args.warmup_steps} warmup steps, then a cosine to"
-        f" {args.lr * args.min_lr_ratio:g}",
-        output=str(args.save_dir / args.experiment_name),
-    )
-    return "\n".join(["this run", *(f"  {name:<10} {line}" for name, line in lines.items())])
+    steps = planned_steps(args, rows) if rows else "known when rows are prepared"
+    tied = ", tied embeddings" if tied_embeddings(model) else ""
+    return f"""this run
+  model      {type(model).__name__}, {millions:,.1f} M parameters{tied}, {args.model_name}\
+{", initialised at random" if args.random_init else ""}
+  processes  {processes.world_size} on {processes.device.type}
+  precision  parameters, gradients, optimizer state float32, sharded; compute {compute}; gradient\
+ sums {args.reduce_dtype}; export {args.export_dtype}
+  attention  {model.config._attn_implementation}, documents in a row\
+ {"apart" if args.document_mask else "see each other"}; activation checkpointing\
+ {args.checkpoint_activations}
+  rows       {len(rows) if rows else "not prepared yet"}, {args.seq_length} tokens, from\
+ {args.dataset_name}
+  step       {args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens,\
+ as {args.global_batch_size // micro} micro steps of {micro} rows over all ranks
+  steps      {steps}; lr {args.lr:g} after {args.warmup_steps} warmup steps, then a cosine to\
+ {args.lr * args.min_lr_ratio:g}
+  output     {args.save_dir / args.experiment_name}"""
 
 
 # --- 3. Processes ---------------------------------------------------------------------------
@@ -409,12 +440,12 @@ def shard(
 ) -> FSDP:
     """`model` with its weights, sharded over all ranks; on rank 0 `source` is where they come from.
 
-    Sets, for the sections below: `tensor_names` (of the state dict, unsharded), `vectors` (names of
-    parameters with fewer than two dimensions), `matmul_parameters`.
+    Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
+    unsharded, by name), `matmul_parameters`.
     """
     facts = {
         "tensor_names": set(model.state_dict()),
-        "vectors": {name for name, p in model.named_parameters() if p.ndim < 2},
+        "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         "matmul_parameters": matmul_parameters(model),
     }
     layer_classes = decoder_layer_classes(model)
@@ -707,7 +738,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.A
     """
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        groups[clean(name) in model.vectors].append(parameter)
+        groups[len(model.shapes[clean(name)]) < 2].append(parameter)
     decayed = {"params": groups[False], "weight_decay": args.weight_decay}
     plain = {"params": groups[True], "weight_decay": 0.0}
     return torch.optim.AdamW(
@@ -725,9 +756,12 @@ def lr_factor(step: int, *, warmup: int, steps: int, floor: float) -> float:
 
 
 # --- 7. State -------------------------------------------------------------------------------
-# What outlives the run, and how do its weights leave it if no machine can hold them? `TrainState`
-# is the list. The export gathers one FSDP unit at a time, and rank 0 writes it to a file, in a
-# folder that gets its name when it is whole. Cost: one unsharded unit on each rank.
+# A run of weeks dies often. What must outlive it is the list in `TrainState`; everything else is a
+# function of the step. A checkpoint is a new folder, whole once its last file, `.metadata`, is
+# renamed into place, and then the older ones go. FSDP keeps each unit's parameters behind each
+# other in one flat tensor, cut evenly over the ranks, so a rank's part of a parameter is a slice of
+# it, flattened: slices are what is saved. Nothing is gathered, and any number of ranks reads them
+# back. Cost: 12 bytes a parameter on disk, twice that while two checkpoints are kept.
 
 
 @dataclass
@@ -736,7 +770,7 @@ class TrainState:
 
     model: FSDP
     optimizer: torch.optim.AdamW
-    step: int = 0  # steps finished; the rows of the next one follow from it
+    step: int = 0  # steps finished; the rows, learning rate and dropout of the next one follow
 
     def hold_if_not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """From the first loss or norm (scalars, equal on all ranks) that is not finite, no update.
@@ -748,16 +782,288 @@ class TrainState:
         held = getattr(self.optimizer, "found_inf", torch.zeros_like(bad))
         self.optimizer.found_inf = torch.maximum(held, bad)
 
+    def slices(self) -> dict[str, "Slice"]:
+        """This rank's part of every weight and moment, by name; live, so loading fills them."""
+        found = {}
+        for name, parameter, start in own_slices(self.model):
+            moments = self.optimizer.state[parameter]
+            if not moments:  # no step yet: made as AdamW would make them
+                moments["step"] = torch.zeros((), device=parameter.device)
+                moments["exp_avg"] = torch.zeros_like(parameter)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            whole = math.prod(self.model.shapes[name])
+            tensors = {"model": parameter.detach(), **{k: moments[k] for k in MOMENTS}}
+            for kind, tensor in tensors.items():
+                found[f"{kind}.{name}"] = Slice(tensor.flatten(), start, whole)
+        return found
+
+    def set_step(self, step: int) -> None:
+        self.step = step
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(step)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def own_slices(model: FSDP) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """(name, this rank's part, its first element's place in the flattened parameter) of each.
+
+    FSDP tells this nowhere in public: `_shard_param_infos` of a flat parameter (torch 2.11, 2.13).
+    """
+    names = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
+    for unit in FSDP.fsdp_modules(model):
+        if unit._handle is not None:
+            flat = unit._handle.flat_param
+            for parameter, info in zip(flat._params, flat._shard_param_infos, strict=True):
+                if info.in_shard:
+                    yield names[id(parameter)], parameter, info.intra_param_start_idx
+
+
+@dataclass
+class Slice:
+    """Elements [start, start + len(tensor)) of a flattened tensor of `whole` elements.
+
+    The two methods are what torch.distributed.checkpoint asks of anything that is neither Tensor
+    nor DTensor, to plan what to write and read; the planners below then find the tensor.
+    """
+
+    tensor: torch.Tensor
+    start: int
+    whole: int
+
+    def __create_chunk_list__(self) -> list:
+        start = torch.Size([self.start])
+        return [dcp_metadata.ChunkStorageMetadata(start, self.tensor.size())]
+
+    def __create_write_items__(self, name: str, _: object) -> list:
+        data = dcp_planner.TensorWriteData(
+            chunk=self.__create_chunk_list__()[0], size=torch.Size([self.whole]),
+            properties=dcp_metadata.TensorProperties.create_from_tensor(self.tensor),
+        )
+        index = dcp_metadata.MetadataIndex(name, torch.Size([self.start]))
+        kind = dcp_planner.WriteItemType.SHARD
+        return [dcp_planner.WriteItem(index=index, type=kind, tensor_data=data)]
+
+
+class SliceWriter(dcp.DefaultSavePlanner):
+    def lookup_object(self, index: dcp_metadata.MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+class SliceReader(dcp.DefaultLoadPlanner):
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
+        # The default one turns what it does not know into None.
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: dcp_metadata.MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+class Saver:
+    """Writes checkpoints/step-NNNNNNNN and drops all but the newest --keep-checkpoints.
+
+    With --async-checkpoint on, the slices are copied to host memory, and a process of their own
+    (a thread would hold back the step's) writes them while training goes on. One save is in flight
+    at most. A save that fails is reported, and training goes on.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace, processes: Processes, step: int):
+        self.folder, self.args, self.processes = folder / "checkpoints", args, processes
+        self.saved_step, self.in_flight = step, None
+        on_gpu = processes.device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(on_gpu, True, False, on_gpu))
+
+    def is_due(self, step: int) -> bool:
+        return self.args.ckpt_freq > 0 and step % self.args.ckpt_freq == 0
+
+    def save(self, state: TrainState, heart: "Heart") -> None:
+        self.finish()
+        if not self.args.ckpt_freq or state.step == self.saved_step:
+            return
+        heart.beat("saving", state.step)
+        target = self.folder / f"step-{state.step:08}"
+        if self.processes.local_rank == 0:  # what a run that died half way may have left
+            shutil.rmtree(target, ignore_errors=True)
+        dist.barrier()
+        about = {"step": state.step, "shapes": state.model.shapes}
+        what = dict(state_dict=state.slices(), storage_writer=CheckedWriter(target, about),
+                    planner=SliceWriter())
+        self.saved_step = state.step
+        if self.args.async_checkpoint == "on":
+            self.in_flight = dcp.async_save(
+                **what, async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+                async_stager=self.stager,
+            )
+        else:
+            self.in_flight = Future()
+            try:
+                self.in_flight.set_result(dcp.save(**what))
+            except dcp.CheckpointException as error:
+                self.in_flight.set_exception(error)
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in flight, then make room. Sets `saved_step` back if it failed."""
+        if self.in_flight is None:
+            return
+        try:
+            self.in_flight.result()
+        except (Exception, dcp.CheckpointException) as error:  # which is no Exception
+            log.error("the checkpoint of step %d was not written (%s; %.1f GiB free in %s);"
+                      " training goes on", self.saved_step, str(error).strip().splitlines()[-1],
+                      shutil.disk_usage(self.folder).free / 2**30, self.folder)
+            if self.processes.local_rank == 0:
+                shutil.rmtree(self.folder / f"step-{self.saved_step:08}", ignore_errors=True)
+            self.saved_step = None
+        self.in_flight = None
+        whole = sorted(path.parent for path in self.folder.glob("step-*/.metadata"))
+        if self.processes.local_rank == 0 and self.saved_step:
+            for old in sorted(self.folder.glob("step-*")):
+                if old not in whole[-self.args.keep_checkpoints :]:
+                    (old / ".metadata").unlink(missing_ok=True)  # first: half gone, it is none
+                    shutil.rmtree(old, ignore_errors=True)
+
+
+class CheckedWriter(dcp.FileSystemWriter):
+    """Writes a CRC-32 beside each file, and `about.json`, before `.metadata` makes it whole."""
+
+    def __init__(self, folder: Path, about: dict):
+        super().__init__(folder)
+        self.about = about
+
+    def write_data(self, plan, planner):
+        written = super().write_data(plan, planner)
+        for name in {result.storage_data.relative_path for result in written.value()}:
+            write_json(Path(self.path, f"{name}.json"), {"crc32": crc32(Path(self.path, name))})
+        return written
+
+    def finish(self, metadata, results) -> None:  # on rank 0
+        write_json(Path(self.path, "about.json"), self.about)
+        super().finish(metadata, results)
+
+
+def crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def begin_or_resume(
+    model: nn.Module, folder: Path, args: argparse.Namespace, processes: Processes
+) -> TrainState:
+    """The state of the newest sound checkpoint of the run; without one, the pretrained weights."""
+    found = [sorted((p.parent for p in folder.glob("checkpoints/step-*/.metadata")), reverse=True)]
+    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))  # rank 0 decides
+    source = None if found[0] else load_weights(args, processes)
+    sharded = shard(model, source, args, processes)
+    state = TrainState(sharded, build_optimizer(sharded, args))
+    load_newest(state, found[0], processes)
+    return state
+
+
+def load_newest(state: TrainState, checkpoints: list[Path], processes: Processes) -> None:
+    """Load the newest checkpoint whose files are sound. Raises InputError if there is none."""
+    for checkpoint in checkpoints:
+        about = json.loads((checkpoint / "about.json").read_text())
+        ours, theirs = state.model.shapes, {k: list(v) for k, v in about["shapes"].items()}
+        if ours != theirs:
+            name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+            raise InputError(f"{checkpoint} is of another model: {name} is {theirs.get(name)} there"
+                             f" and {ours.get(name)} here; choose another --experiment-name")
+        broken = broken_files(checkpoint, processes)
+        if not broken:
+            planner = SliceReader(flatten_state_dict=False)
+            dcp.load(state.slices(), checkpoint_id=checkpoint, planner=planner)
+            state.set_step(about["step"])
+            log.info("resumed from %s", checkpoint)
+            return
+        log.warning("%s is not used: %s", checkpoint, "; ".join(broken))
+    if checkpoints:
+        raise InputError(f"no checkpoint in {checkpoints[0].parent} is sound (see above); restore"
+                         " its files, or move the folder away to begin again")
+
+
+def broken_files(checkpoint: Path, processes: Processes) -> list[str]:
+    """What is wrong with the files of a checkpoint; the ranks check them side by side."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
+    names = sorted({info.relative_path for info in metadata.storage_data.values()})
+    problems = []
+    for name in names[processes.rank :: processes.world_size]:
+        file, note = checkpoint / name, checkpoint / f"{name}.json"
+        if not (file.exists() and note.exists()):
+            problems.append(f"{name} is missing on {platform.node()}")
+        elif json.loads(note.read_text())["crc32"] != crc32(file):
+            problems.append(f"{name} has not the checksum it was written with")
+    gathered = [None] * processes.world_size
+    dist.all_gather_object(gathered, problems)
+    return sum(gathered, [])
+
+
+class StopRequest:
+    """SIGTERM or SIGINT to any rank, or a file `stop-requested` in the run's folder.
+
+    All ranks must leave after the same step. So each adds its wish to the sum of the losses, which
+    is taken anyway, and reads that sum a step later, when it has long arrived: no host waits.
+    """
+
+    def __init__(self, folder: Path):
+        self.file, self.asked, self.sums = folder / "stop-requested", False, []
+        self.file.unlink(missing_ok=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "asked", True))
+
+    def sum_over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
+        """The sum of `loss`, a scalar, over all ranks; the wishes to stop travel with it."""
+        wish = torch.full_like(loss, float(self.asked or self.file.exists()))
+        both = torch.stack((loss, wish))
+        dist.all_reduce(both)
+        arrived = torch.cuda.Event() if both.is_cuda else None
+        self.sums = [*self.sums[-1:], (both[1].to("cpu", non_blocking=True), arrived)]
+        if arrived:
+            arrived.record()
+        return both[0]
+
+    def agreed(self) -> bool:
+        """Whether some rank wished to stop before the last step; the same on every rank."""
+        if len(self.sums) < 2:
+            return False
+        wishes, arrived = self.sums[0]
+        if arrived:
+            arrived.synchronize()
+        return wishes.item() > 0
+
+
+class Heart:
+    """A small file a rank, rewritten in place: what it does, and how far it is, for a monitor."""
+
+    def __init__(self, folder: Path, steps: int, processes: Processes):
+        path = folder / "heartbeats" / f"rank-{processes.rank:05}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("wb", buffering=0)
+        self.fixed = dict(rank=processes.rank, local_rank=processes.local_rank, pid=os.getpid(),
+                          world_size=processes.world_size, host=platform.node(), steps=steps)
+        self.beat("loading", 0)
+
+    def beat(self, phase: str, step: int) -> None:
+        row = json.dumps(self.fixed | dict(phase=phase, step=step, time=time.time()))
+        os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
+
 
 def make_run_folder(args: argparse.Namespace, processes: Processes) -> Path:
     """SAVE_DIR/EXPERIMENT, on rank 0 with args.json and versions.json in it."""
     folder = args.save_dir / args.experiment_name
+    folder.mkdir(parents=True, exist_ok=True)
     if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        write_json(folder / "args.json", options)
+        write_json(folder / "args.json", as_json(vars(args)))
         write_json(folder / "versions.json", versions(processes))
     return folder
+
+
+def as_json(options: dict) -> dict:
+    return {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
 
 
 def export_model(model: FSDP, args: argparse.Namespace, folder: Path, processes: Processes) -> None:
@@ -808,20 +1114,13 @@ def write_json(path: Path, content: dict) -> None:
 
 def versions(processes: Processes) -> dict:
     """What this run is made of, for whoever has to explain its numbers a year from now."""
-    packages = ("torch", "transformers", "datasets", "huggingface_hub", "tqdm", "flash-attn")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    packages = {"torch", "transformers", "datasets", "huggingface_hub", "tqdm", "flash-attn"}
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
     on_gpu = processes.device.type == "cuda"
-    return {
-        **found,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if on_gpu else None,
+    return {name: installed.get(name) for name in sorted(packages)} | {
+        "python": platform.python_version(), "cuda": torch.version.cuda if on_gpu else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine() + " cpu",
         "world_size": processes.world_size,
         "train_llm_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -849,14 +1148,20 @@ class Meter:
     before. Throughput counts every token of the rows, targets or not.
     """
 
-    def __init__(self, args, model: FSDP, rows: Rows, path: Path, processes: Processes):
+    def __init__(self, args, state: TrainState, rows: Rows, path: Path, processes: Processes):
         self.args, self.path, self.rows, self.processes = args, path, rows, processes
-        config = model.module.config.get_text_config()
-        self.flops_per_token = flops_per_token(config, model.matmul_parameters, args.seq_length)
+        if processes.rank == 0:  # rows of steps that were lost are written anew
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.step))
+        config = state.model.module.config.get_text_config()
+        self.flops_per_token = flops_per_token(
+            config, state.model.matmul_parameters, args.seq_length
+        )
         self.pending: list[torch.Tensor] = []
         self.data_seconds, self.row_started = 0.0, time.perf_counter()
+        steps = planned_steps(args, rows)
         self.bar = tqdm(
-            total=planned_steps(args, rows), disable=processes.rank != 0, unit="step", smoothing=0.1
+            total=steps, initial=state.step, disable=processes.rank != 0, unit="step"
         )
 
     @contextlib.contextmanager
@@ -871,14 +1176,15 @@ class Meter:
 
     def write_row(self, state: TrainState) -> None:
         """Raises InputError on every rank if a loss or norm since the last row is not finite."""
+        if not self.pending:
+            return
         values = torch.stack(self.pending).tolist()  # waits for the GPU
-        first = state.step - len(values) + 1
-        for step, (loss, grad_norm) in enumerate(values, start=first):
+        for step, (loss, grad_norm) in enumerate(values, start=state.step - len(values) + 1):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise InputError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}. No update was made from"
-                    " that step on and nothing was exported; lower --lr, lengthen --warmup-steps,"
-                    " or look at the rows of that step"
+                    " that step on and nothing was saved; lower --lr, lengthen --warmup-steps, or"
+                    " look at the rows of that step"
                 )
         now = time.perf_counter()
         step_seconds = (now - self.row_started) / len(values)
@@ -943,6 +1249,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
+if __name__ == "__mp_main__":  # in the process that writes checkpoints
+    logging.disable(logging.INFO)
+
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     log.disabled = int(os.environ.get("RANK", 0)) > 0
@@ -951,6 +1260,7 @@ if __name__ == "__main__":
     except InputError as error:
         # All processes of a node may have found this error: the first one speaks, and torchrun then
         # ends the others. One still alive after ten seconds found an error of its own.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(10)
         print(f"train_llm.py: error: {error}", file=sys.stderr, flush=True)

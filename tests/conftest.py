@@ -67,10 +67,8 @@ def tiny(tmp_path_factory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
+def write_corpus(path: Path) -> Path:
     """200 documents of very different lengths: some fill several rows, many share one."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     rng = random.Random(0)
     with path.open("w") as file:
         for i in range(200):
@@ -78,6 +76,11 @@ def corpus(tmp_path_factory) -> Path:
             text = " ".join(rng.choice(WORDS) for _ in range(rng.choice(lengths)))
             file.write(json.dumps({"text": text}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -114,11 +117,13 @@ def on_ranks(ranks: int, jobs: list[dict], folder: Path) -> None:
 
 
 def options_of(**options) -> list[str]:
-    """Command-line words: {"max_steps": 3, "document_mask": False} and so on."""
+    """Command-line words: max_steps=3, document_mask=False, allow_changes=None (a bare flag)."""
     words = []
     for name, value in options.items():
         option = name.replace("_", "-")
-        if isinstance(value, bool):
+        if value is None:
+            words.append(f"--{option}")
+        elif isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             words += [f"--{option}", str(value)]

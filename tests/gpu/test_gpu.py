@@ -6,6 +6,7 @@ Every tiny run is 10 steps in bfloat16. Losses are held against float32 ones of 
 """
 
 import json
+import shutil
 
 import pytest
 import reference
@@ -138,3 +139,26 @@ def test_8b_wide_layers_train_and_their_figures_are_sane(tmp_path, rows_dir):
         print(json.loads((tmp_path / mode / "versions.json").read_text()))
         assert 0.1 < row["mfu"] < 0.8
         assert row["data_seconds"] < 0.05 * row["step_seconds"]
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_a_run_resumes_on_the_same_and_on_another_number_of_gpus(
+    mode, tmp_path, tiny, corpus, rows_dir
+):
+    def job(name, **options):
+        return {"do": "train", "argv": options_of(**dict(
+            experiment_name=name, save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
+            dataset_name=corpus, batch_size=1, ckpt_freq=5, async_checkpoint=mode)
+            | RECIPE | options)}
+
+    for ranks in (1, 2)[:GPUS]:
+        on_ranks(ranks, [job(f"straight-{ranks}")], tmp_path)
+        for other in (1, 2)[:GPUS]:
+            folder = tmp_path / f"{ranks}-to-{other}"
+            shutil.copytree(tmp_path / f"straight-{ranks}", folder)
+            shutil.rmtree(folder / "checkpoints" / "step-00000010")
+            on_ranks(other, [job(folder.name)], tmp_path)
+            wanted, found = losses(tmp_path / f"straight-{ranks}"), losses(folder)
+            print(f"{ranks} to {other} GPUs, asynchronous {mode}: {found == wanted}")
+            assert found[:5] == wanted[:5]
+            assert found == wanted if other == ranks else found == pytest.approx(wanted, rel=1e-3)
