@@ -872,7 +872,10 @@ class Saver:
         self.folder, self.args, self.processes = folder / "checkpoints", args, processes
         self.saved_step, self.in_flight = step, None
         on_gpu = processes.device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(on_gpu, True, False, on_gpu))
+        self.stager = SliceStager(StagingOptions(
+            use_pinned_memory=on_gpu, use_shared_memory=True, use_async_staging=False,
+            use_non_blocking_copy=on_gpu,
+        ))
 
     def is_due(self, step: int) -> bool:
         return self.args.ckpt_freq > 0 and step % self.args.ckpt_freq == 0
@@ -923,6 +926,14 @@ class Saver:
                 if old not in whole[-self.args.keep_checkpoints :]:
                     (old / ".metadata").unlink(missing_ok=True)  # first: half gone, it is none
                     shutil.rmtree(old, ignore_errors=True)
+
+
+class SliceStager(DefaultStager):
+    """Copies slices to host memory, pinned and shared with the writing process, used again."""
+
+    def stage(self, slices: dict[str, Slice], **kwargs) -> dict[str, Slice]:
+        staged = super().stage({name: part.tensor for name, part in slices.items()}, **kwargs)
+        return {name: replace(part, tensor=staged[name]) for name, part in slices.items()}
 
 
 class CheckedWriter(dcp.FileSystemWriter):
