@@ -531,7 +531,7 @@ def sample_until_the_client_goes(interval, save_dir, experiment):
 
     for thread in threads + [files, threading.Thread(target=wait_for_the_end, daemon=True)]:
         thread.start()
-    counters, log, next_tick = Counters(), KernelLog(), time.monotonic()
+    counters, log, processes, next_tick = Counters(), KernelLog(), None, time.monotonic()
     for _ in range(50):  # the first sample should be whole, but a slow driver must not hide the host
         time.sleep(0.1)
         if files.seen and all(thread.answered for thread in threads[:1]):
@@ -548,7 +548,10 @@ def sample_until_the_client_goes(interval, save_dir, experiment):
             gpus=threads[0].gpus(now) if threads and threads[0].answered else None if threads
             else [], gpu_error=threads[0].message if threads else "",
             lost=sorted(threads[0].lost) if threads else [], present=len(gpus_of_driver()),
-            processes=threads[1].processes(now) if threads[1:] else [], xids=log.read())
+            xids=log.read())
+        found = threads[1].processes(now) if threads[1:] else []
+        if found != processes:  # what changes seldom is sent when it changes
+            sample["processes"] = processes = found
         if reports:
             sample["training"] = reports
         try:
@@ -754,6 +757,8 @@ def number(value):
 
 def clean_text(value, limit=60):
     """Printable ASCII, so that its length is its width."""
+    if value.isascii() and value.isprintable():  # nearly always, and ten times faster
+        return value[:limit]
     return "".join(c if " " <= c <= "~" else "?" for c in value[:limit])
 
 
@@ -763,8 +768,8 @@ def numbers(values, count):
     return found if len(found) == count and None not in found else None
 
 
-def parse_sample(line):
-    """A sample (SimpleNamespace-like Sample) from one line of a sampler, or None."""
+def parse_sample(line, host=None):
+    """A Sample from one line of the sampler on `host`, or None."""
     try:
         data = json.loads(line)
         if data["v"] != 1:
@@ -779,12 +784,12 @@ def parse_sample(line):
         sample.gpus = data["gpus"] if data["gpus"] is None else [parse_gpu(g) for g in data["gpus"]]
         sample.gpu_error, sample.present = clean_text(data["gpu_error"], 300), int(data["present"])
         sample.lost = [clean_text(bus) for bus in data["lost"]]
-        sample.processes = [Process(clean_text(bus), int(pid), clean_text(user or "?"),
-                                    clean_text(program), number(memory))
-                            for bus, pid, user, program, memory in data["processes"]]
+        sample.processes = None if "processes" not in data else [
+            Process(clean_text(bus), int(pid), clean_text(user or "?"), clean_text(program),
+                    number(memory)) for bus, pid, user, program, memory in data["processes"]]
         sample.xids = data["xids"] if data["xids"] is None else [
             (clean_text(bus), int(code), float(seen)) for bus, code, seen in data["xids"]]
-        sample.training = [parse_report(report) for report in data.get("training", ())]
+        sample.training = [parse_report(report, host) for report in data.get("training", ())]
         return sample
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError,
             RecursionError):
@@ -802,10 +807,10 @@ def parse_gpu(cells):
     return gpu if gpu.util is None or gpu.util <= 100 else gpu._replace(util=None)
 
 
-def parse_report(report):
-    ranks = [Rank(int(rank), int(local), clean_text(host), int(pid), clean_text(phase, 12),
-                  int(step), int(steps), float(time), process, None)
-             for rank, local, host, pid, phase, step, steps, time, process in report["ranks"]]
+def parse_report(report, host):
+    ranks = [Rank(int(rank), int(local), clean_text(name), int(pid), clean_text(phase, 12),
+                  int(step), int(steps), float(time), process and clean_text(process), host)
+             for rank, local, name, pid, phase, step, steps, time, process in report["ranks"]]
     rows = [Row(*row) for row in report["rows"] if number(row[0]) is not None]
     return dict(experiment=clean_text(report["experiment"], 64), ranks=ranks, rows=rows,
                 fresh=bool(report["fresh"]), checkpoint=numbers(report["checkpoint"] or (), 2))
@@ -822,18 +827,21 @@ class Host:
         self.history = {}  # GPU index -> watts while busy, one every 15 s, of 10 minutes
         self.usual_power, self.next_history = {}, 0.0
         self.experiment, self.ranks, self.rows = "", [], collections.deque(maxlen=240)
+        self.processes, self.reports = [], 0
         self.checkpoint, self.updated, self.pace = None, 0.0, collections.deque(maxlen=20)
 
     def take(self, line, now):
         """Takes one line of the stream; False if it is no whole sample."""
-        sample = parse_sample(line)
+        sample = parse_sample(line, self)
         if sample is None:
             self.bad_lines += 1
             return False
         self.sample, self.heard, self.connected, self.reason = sample, now, True, ""
         self.most_gpus = max(self.most_gpus, len(sample.gpus or ()), sample.present)
+        self.processes = self.processes if sample.processes is None else sample.processes
         for report in sample.training:
             self.take_report(report)
+            self.reports += 1
         if now >= self.next_history:
             self.next_history = now + 15
             for gpu in sample.gpus or ():
@@ -892,7 +900,7 @@ class Cluster:
 
     def __init__(self, args):
         self.hosts = [Host(name, args) for name in args.names]
-        self.once, self.since, self.alarms = args.once, {}, []
+        self.once, self.since, self.alarms, self.merged = args.once, {}, [], (None, None)
         self.refresh(0.0)
 
     def refresh(self, now):
@@ -937,39 +945,37 @@ def share(part, whole):
 class Training:
     """What is known of one experiment; `ranks` maps a rank to its newest heartbeat (a Rank)."""
 
-    experiment, ranks, rows, checkpoint = "", {}, (), None
+    experiment, ranks, by_host, rows, checkpoint = "", {}, {}, (), None
     step = steps = usual = age = eta = checkpoint_age = None
     phase, ended = "", False
 
 
 def find_training(cluster, now):
+    """What the hosts know of the newest experiment, put together; ages as of now."""
     training = Training()
-    reporting = [host for host in cluster.hosts if host.experiment and host.sample]
+    reporting = [host for host in cluster.hosts if host.experiment]
     if not reporting:
         return training
     training.experiment = max(reporting, key=lambda host: host.updated).experiment
     reporting = [host for host in reporting if host.experiment == training.experiment]
-    ranks = training.ranks = {}
-    for host in reporting:
-        # the row of a rank is the host that its heartbeat names; failing that, who reports it
-        for rank in host.ranks:
-            mine = rank.host in (host.name, host.sample.hostname)
-            known = ranks.get(rank.rank)
-            if known is None or rank.time > known.time or (rank.time == known.time and mine):
-                ranks[rank.rank] = rank._replace(row=host)
-    metrics = max(reporting, key=lambda host: (host.rows[-1].step if host.rows else -1))
+    key = training.experiment, sum(host.reports for host in reporting)
+    if cluster.merged[0] != key:  # most refreshes fall between two steps
+        cluster.merged = key, merge_ranks(reporting)
+    training.ranks, training.by_host = cluster.merged[1]
+    ranks = training.ranks.values()
+    metrics = max(reporting, key=lambda host: host.rows[-1].step if host.rows else -1)
     training.rows = metrics.rows
     seconds = [number(row.step_seconds) for row in list(metrics.rows)[-20:]]
     seconds = [s for s in seconds if s] or next((h.pace for h in reporting if h.pace), None)
     training.usual = statistics.median(seconds) if seconds else None
     if ranks:
-        training.step = min(rank.step for rank in ranks.values())
-        training.steps = max(rank.steps for rank in ranks.values())
-        training.age = min(age_of(rank, now) for rank in ranks.values())
-        phases = collections.Counter(rank.phase for rank in ranks.values())
+        training.step = min(rank.step for rank in ranks)
+        training.steps = max(rank.steps for rank in ranks)
+        training.age = min(host.clock(now) - max(rank.time for rank in own)
+                           for host, own in training.by_host.items())
+        phases = collections.Counter(rank.phase for rank in ranks)
         training.phase = "failed" if phases["failed"] else phases.most_common(1)[0][0]
-        known = [rank.process for rank in ranks.values() if rank.process is not None]
-        training.ended = len(known) == len(ranks) and set(known) <= {"gone", "zombie"}
+        training.ended = all(rank.process in ("gone", "zombie") for rank in ranks)
     elif metrics.rows:
         training.step = metrics.rows[-1].step
         training.age = metrics.clock(now) - row_time(metrics.rows[-1])
@@ -981,6 +987,23 @@ def find_training(cluster, now):
         training.checkpoint, changed = host.checkpoint
         training.checkpoint_age = host.clock(now) - changed
     return training
+
+
+def merge_ranks(hosts):
+    """({rank number: its newest Rank}, {host: its Ranks}).
+
+    A rank belongs to the host that its heartbeat names; failing that, to one that reports it.
+    """
+    ranks, by_host = {}, collections.defaultdict(list)
+    for host in hosts:
+        for rank in host.ranks:
+            known = ranks.get(rank.rank)
+            mine = rank.host in (host.name, host.sample.hostname)
+            if known is None or rank.time > known.time or (rank.time == known.time and mine):
+                ranks[rank.rank] = rank
+    for rank in ranks.values():
+        by_host[rank.row].append(rank)
+    return ranks, by_host
 
 
 def age_of(rank, now):
@@ -1068,7 +1091,8 @@ def find_alarms(cluster, now):
 
 
 def find_hangs(training, now):
-    ranks = [rank for rank in training.ranks.values() if rank.row.state(now) == "UP"]
+    ranks = [rank for host, own in training.by_host.items() if host.state(now) == "UP"
+             for rank in own]
     for rank in ranks:
         if rank.phase == "failed":
             yield "failed", rank.rank, rank.row, f"rank {rank.rank} on {rank.row.name} failed"
@@ -1081,8 +1105,9 @@ def find_hangs(training, now):
         yield ("straggler", rank.rank, rank.row, f"rank {rank.rank} on {rank.row.name} is at step"
                f" {rank.step}, the median rank at {middle}")
     limit = max(HANG_SECONDS, HANG_STEPS * training.usual) if training.usual else HANG_ELSEWHERE
-    old = [rank for rank in live
-           if age_of(rank, now) > (limit if rank.phase == "training" else HANG_ELSEWHERE)]
+    clocks = {host: host.clock(now) for host in training.by_host}
+    old = [rank for rank in live if clocks[rank.row] - rank.time
+           > (limit if rank.phase == "training" else HANG_ELSEWHERE)]
     if not old:
         return
     # in a collective all wait for one: whoever is stopped or gone did it, or whoever is behind
@@ -1100,7 +1125,7 @@ def find_hangs(training, now):
 
 def throttle_names(gpu):
     reasons = int(gpu.reasons or 0)
-    return ", ".join(name for bit, name in THROTTLES.items() if reasons & bit)
+    return "" if not reasons & 0xE8 else ", ".join(name for bit, name in THROTTLES.items() if reasons & bit)
 
 
 # --- 8. The picture: lines of text for a given width and height ------------------------------
@@ -1205,7 +1230,9 @@ class Column:
 
 def build_columns(names, bars, training):
     """The columns of the main table; the last one takes the width that is left."""
-    by_local = {(id(rank.row), rank.local_rank): rank for rank in training.ranks.values()}
+    def rank_of(host, gpu):
+        return next((rank for rank in training.by_host.get(host, ())
+                     if rank.local_rank == gpu.index), None)
 
     def percent(of_host, of_gpu=lambda host, gpu: "", warn=101, bad=101):
         def styled(value):
@@ -1272,8 +1299,7 @@ def build_columns(names, bars, training):
         Column("HOST", -max(12, min(28, most)), 0, lambda host: host.name,
                lambda host, gpu: f" GPU {gpu.index}"),
         Column("STATE", -10, 0, lambda host: ("UP", "green"), lambda host, gpu:
-               f"rank {by_local[id(host), gpu.index].rank}"
-               if (id(host), gpu.index) in by_local else ""),
+               f"rank {rank_of(host, gpu).rank}" if rank_of(host, gpu) else ""),
         Column("GPUS", 5, 1, lambda host: (
             f"{len(host.sample.gpus or ())}/{host.expected}" if host.expected else "none",
             "red" if len(host.sample.gpus or ()) < host.expected else "")),
@@ -1295,20 +1321,11 @@ def build_columns(names, bars, training):
             warn=85, bad=95)),
         Column("NET B/s", 10, 9, lambda host: rate(host.sample.net)),
         Column("IB B/s", 10, 10, lambda host: rate(host.sample.ib)),
-        Column("STEP", -16, 5, lambda host: step(by_host(training).get(id(host), ())),
-               lambda host, gpu: step([by_local.get((id(host), gpu.index))])),
+        Column("STEP", -16, 5, lambda host: step(training.by_host.get(host, ())),
+               lambda host, gpu: step([rank_of(host, gpu)])),
         Column("NOTES", -10, 1, host_notes, lambda host, gpu: gpu_notes(gpu) + [
             (gpu_name(gpu).strip(), "dim")]),
     ]
-
-
-def by_host(training):
-    """Ranks by the host (its id) that they run on; computed once a refresh."""
-    if "by_host" not in vars(training):
-        training.by_host = collections.defaultdict(list)
-        for rank in training.ranks.values():
-            training.by_host[id(rank.row)].append(rank)
-    return training.by_host
 
 
 def choose_columns(columns, width):
@@ -1499,12 +1516,12 @@ class View:
                 lines += [[], [("".join(t for t, _ in title).ljust(width), "reverse")]]
             for gpu in sample.gpus or ():
                 lines.append(draw_cells(columns, last, [c.of_gpu(host, gpu) for c in columns]))
-                for process in sample.processes:
+                for process in host.processes:
                     if process.bus == gpu.bus:
                         memory = show(process.memory and process.memory / 1024, "{:.1f} GiB")
                         say(f"    pid {process.pid}, {process.user}: {process.program}, {memory}")
             lines += [[(f" {bus}: this GPU is lost", "red")] for bus in sample.lost]
-            ranks = sorted(by_host(self.cluster.training).get(id(host), ()))
+            ranks = sorted(self.cluster.training.by_host.get(host, ()), key=lambda r: r.rank)
             lines += [[]] if ranks else []
             for rank in ranks:
                 of = f" of {rank.steps:,}" if rank.steps else ""
@@ -1741,7 +1758,7 @@ def describe_host(host, now):
             disks=[dict(path=path, used_gib=used, total_gib=total)
                    for path, used, total in sample.disks],
             gpus=sample.gpus and [gpu._asdict() for gpu in sample.gpus],
-            processes=[process._asdict() for process in sample.processes])
+            processes=[process._asdict() for process in host.processes])
     return found
 
 
@@ -1839,6 +1856,8 @@ class Demo:
         self.troubles = dict(zip((3, 5, 6, 2, 7), (
             "lost", "throttled", "down", "full", "slow"))) if troubled else {}
         # 64 states of 8 GPUs, made once: making up 8,000 GPUs a second would be most of the work
+        self.processes = json.dumps([[f"0000:{16 * g + 27:02x}:00.0", 4000 + g, "ada",
+                                      "python train_llm.py", 75210] for g in range(8)])
         self.states = [json.dumps([self.gpu(i, rng) for i in range(8)]) for _ in range(64)]
 
     def gpu(self, i, rng, **changes):
@@ -1866,31 +1885,32 @@ class Demo:
         self.step = step
 
     def line(self, i, host, tick, trouble, step):
-        gpus, wall = self.states[(5 * i + tick) % 64], time.time()
-        rng = random.Random(i)
-        if trouble in ("lost", "throttled", "slow"):
-            gpus = [self.gpu(g, rng) for g in range(8)]
-            if trouble == "throttled":
-                gpus[5] = self.gpu(5, rng, temperature=91, clock=1095, reasons=0x40)
-            elif trouble == "slow":
-                gpus[2] = self.gpu(2, rng, clock=1200, power=455)
-            gpus = json.dumps(gpus[:6] + gpus[7:] if trouble == "lost" else gpus)
+        gpus, wall, lost = self.states[(5 * i + tick) % 64], time.time(), ""
         disk = 6870 if trouble == "full" else 2100
-        return (
-            f'{{"v":1,"host":"{host.name}","now":{wall},"cpu":{20 + (7 * i + tick) % 9},"cores":192,'
-            f'"ram":[410.5,2015.6],"net":[{2.1e6 + i},{1.9e6}],"ib":[{4.61e10 + i},{4.59e10}],'
-            f'"disks":[["/",{disk},7000]],"gpus":{gpus},"gpu_error":"","present":8,'
-            f'"lost":{["0000:7b:00.0"] if trouble == "lost" else []},"processes":'.replace("'", '"')
-            + (f'[["0000:1b:00.0",41{i % 90 + 10},"ada","python train_llm.py",75210]]')
-            + ',"xids":[]' + (f',"training":[{self.report(i, host, step, wall)}]'
-                              if step != self.step else "") + "}")
+        if trouble in ("lost", "throttled", "slow"):
+            rng = random.Random(tick)
+            found = [self.gpu(g, rng) for g in range(8)]
+            if trouble == "throttled":
+                found[5] = self.gpu(5, rng, temperature=91, clock=1095, reasons=0x40)
+            elif trouble == "slow":
+                found[2] = self.gpu(2, rng, clock=1200, power=455)
+            else:
+                del found[6]
+                lost = '"0000:7b:00.0"'
+            gpus = json.dumps(found)
+        more = f',"processes":{self.processes}' if self.step < 0 else ""
+        more += f',"training":[{self.report(i, host, step, wall)}]' if step != self.step else ""
+        return (f'{{"v":1,"host":"{host.name}","now":{wall},"cpu":{20 + (7 * i + tick) % 9},'
+                f'"cores":192,"ram":[410.5,2015.6],"net":[{2.1e6 + i},1.9e6],"ib":[4.6e10,4.5e10],'
+                f'"disks":[["/",{disk},7000]],"gpus":{gpus},"gpu_error":"","present":8,'
+                f'"lost":[{lost}],"xids":[]{more}}}')
 
     def report(self, i, host, step, wall):
         total = self.FIRST_STEP + step
         ranks = [[8 * i + g, g, host.name, 4000 + g, "training", total, self.STEPS, wall, ""]
                  for g in range(8)]
         first = max(0, total - 200) if self.step < 0 else total
-        rows = [[s, 1.9 + 1.6 / (1 + s / 300) + 0.05 * random.Random(s).uniform(-1, 1), 0.4, 1e-5,
+        rows = [[s, 1.9 + 4 * math.exp(-s / 300) + 0.02 * random.Random(s).uniform(-1, 1), 0.4, 1e-5,
                  4096 * 8 * len(self.cluster.hosts) / self.STEP_SECONDS, 0.41, self.STEP_SECONDS,
                  datetime.datetime.now(datetime.timezone.utc).isoformat()]
                 for s in range(first, total + 1)] if i == 0 else []
