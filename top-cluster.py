@@ -127,13 +127,13 @@ def main(argv=None):
     try:
         while not screen.done:
             now = time.monotonic()
+            source.tend(now)
             if now >= next_refresh and (not args.once or source.settled(now - started)):
                 cluster.refresh(now)
                 screen.refresh(now)
                 if publish:
                     publish(prometheus_text(cluster, now))
                 next_refresh = max(now + args.interval / 2, next_refresh + args.interval)
-            source.tend(now)
             wait = max(0.0, next_refresh - time.monotonic())
             for key, _ in selector.select(min(wait, source.patience) if next_refresh else 0.05):
                 key.data()
@@ -755,6 +755,13 @@ def number(value):
     return value if type(value) in (int, float) and value - value == 0 else None
 
 
+def finite(value):
+    """The same, but what is no number raises ValueError: for what a sample cannot be without."""
+    if number(value) is None or abs(value) > 1e15:
+        raise ValueError(f"{value!r} is no reasonable number")
+    return float(value)
+
+
 def clean_text(value, limit=60):
     """Printable ASCII, so that its length is its width."""
     if value.isascii() and value.isprintable():  # nearly always, and ten times faster
@@ -775,11 +782,11 @@ def parse_sample(line, host=None):
         if data["v"] != 1:
             return None
         sample = Sample()
-        sample.hostname, sample.now = clean_text(data["host"]), float(data["now"])
+        sample.hostname, sample.now = clean_text(data["host"]), finite(data["now"])
         sample.cpu, sample.cores = number(data["cpu"]), number(data["cores"])
         sample.ram = numbers(data["ram"], 2)
         sample.net, sample.ib = numbers(data["net"], 2), numbers(data["ib"], 2)
-        sample.disks = [(clean_text(path), float(used), float(total))
+        sample.disks = [(clean_text(path), finite(used), finite(total))
                         for path, used, total in data["disks"] or ()]
         sample.gpus = data["gpus"] if data["gpus"] is None else [parse_gpu(g) for g in data["gpus"]]
         sample.gpu_error, sample.present = clean_text(data["gpu_error"], 300), int(data["present"])
@@ -788,7 +795,7 @@ def parse_sample(line, host=None):
             Process(clean_text(bus), int(pid), clean_text(user or "?"), clean_text(program),
                     number(memory)) for bus, pid, user, program, memory in data["processes"]]
         sample.xids = data["xids"] if data["xids"] is None else [
-            (clean_text(bus), int(code), float(seen)) for bus, code, seen in data["xids"]]
+            (clean_text(bus), int(code), finite(seen)) for bus, code, seen in data["xids"]]
         sample.training = [parse_report(report, host) for report in data.get("training", ())]
         return sample
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError,
@@ -809,7 +816,7 @@ def parse_gpu(cells):
 
 def parse_report(report, host):
     ranks = [Rank(int(rank), int(local), clean_text(name), int(pid), clean_text(phase, 12),
-                  int(step), int(steps), float(time), process and clean_text(process), host)
+                  int(step), int(steps), finite(time), process and clean_text(process), host)
              for rank, local, name, pid, phase, step, steps, time, process in report["ranks"]]
     rows = [Row(*row) for row in report["rows"] if number(row[0]) is not None]
     return dict(experiment=clean_text(report["experiment"], 64), ranks=ranks, rows=rows,
@@ -1632,13 +1639,12 @@ class Screen:
         if self.has_keys:
             self.before = termios.tcgetattr(0)
             selector.register(0, selectors.EVENT_READ, self.hear)
-        wake, self.waker = socket.socketpair()
-        wake.setblocking(False)
+        self.wake, self.waker = socket.socketpair()
         self.waker.setblocking(False)
         signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
-        selector.register(wake, selectors.EVENT_READ, lambda: (wake.recv(64), self.redraw()))
-        signal.signal(signal.SIGWINCH, lambda *_: None)
-        signal.signal(signal.SIGTSTP, self.suspend)
+        selector.register(self.wake, selectors.EVENT_READ, self.hear_signal)
+        for number in (signal.SIGWINCH, signal.SIGTSTP):
+            signal.signal(number, lambda *_: None)  # told by the socket, between two frames
         self.enter()
 
     def enter(self):
@@ -1652,10 +1658,12 @@ class Screen:
         if self.has_keys:
             termios.tcsetattr(0, termios.TCSADRAIN, self.before)
 
-    def suspend(self, *_):
-        self.close()
-        os.kill(os.getpid(), signal.SIGSTOP)
-        self.enter()
+    def hear_signal(self):
+        if signal.SIGTSTP in self.wake.recv(64):
+            self.close()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self.enter()
+        self.redraw()
 
     def size(self):
         rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(1, termios.TIOCGWINSZ, b"\0" * 8))
@@ -1751,7 +1759,8 @@ def describe_host(host, now):
     found = dict(name=host.name, state=state, reason=host.reason, expected_gpus=host.expected)
     if state == "UP":
         found.update(
-            hostname=sample.hostname, cpu_percent=sample.cpu, cores=sample.cores,
+            sample_age_seconds=now - host.heard, hostname=sample.hostname,
+            cpu_percent=sample.cpu, cores=sample.cores,
             ram_gib=sample.ram, network_bytes_per_second=sample.net,
             infiniband_bytes_per_second=sample.ib, gpu_error=sample.gpu_error,
             lost_gpus=sample.lost, xids=sample.xids,
