@@ -1654,7 +1654,8 @@ class Screen:
         self.drawn = []
 
     def close(self):
-        os.write(1, b"\x1b[?7h\x1b[?25h\x1b[?1049l")
+        # emptied first: tmux moves lines of a resized alternate screen into its history (3.3)
+        os.write(1, b"\x1b[H\x1b[J\x1b[?7h\x1b[?25h\x1b[?1049l")
         if self.has_keys:
             termios.tcsetattr(0, termios.TCSADRAIN, self.before)
 

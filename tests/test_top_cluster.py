@@ -413,7 +413,7 @@ def test_random_damage_to_samples_never_crashes_the_screen_or_tears_it():
     cluster, view, _ = build(1)
     host = cluster.hosts[0]
     values = [m.span() for m in re.finditer(r'(?<=[:\[, ])(-?[\d.]+|"[^"]*")(?=[,\]} ])', whole)]
-    for i in range(1500):
+    for i in range(600):
         text = whole
         for _ in range(rng.randint(1, 3)):
             start, end = rng.choice(values) if i % 3 else (rng.randrange(len(text)),) * 2
@@ -426,7 +426,7 @@ def test_random_damage_to_samples_never_crashes_the_screen_or_tears_it():
         assert_fits(view.lines(now, 80, 24), 80, 24)
         json.dumps(top.describe(cluster, now), allow_nan=False)
         top.prometheus_text(cluster, now)
-    assert taken > 100  # or the damage was all caught at the door
+    assert taken > 50  # or the damage was all caught at the door
 
 
 def test_text_from_a_host_cannot_reach_the_terminal_as_a_command():
@@ -831,10 +831,10 @@ def test_a_sampler_asks_an_older_nvidia_smi_again_and_takes_it_along_when_it_end
     wait_for(lambda: not processes_with(f"FAKE={tmp_path}\0"), 10)
 
 
-def test_a_hundred_streams_leave_no_process_when_the_monitor_is_killed(tmp_path, fake):
-    hosts = write_hosts(tmp_path, *(f"node-{i}" for i in range(100)))
+def test_many_streams_leave_no_process_when_the_monitor_is_killed(tmp_path, fake):
+    hosts = write_hosts(tmp_path, *(f"node-{i}" for i in range(20)))  # 100: bench_top_cluster.py
     monitor = Monitor(hosts, "--interval", "5", "--project", tmp_path, **fake)
-    wait_for(lambda: monitor.documents and monitor.documents[-1]["nodes_up"] == 100, 60)
+    wait_for(lambda: monitor.documents and monitor.documents[-1]["nodes_up"] == 20, 60)
     monitor.process.kill()
     wait_for(lambda: not processes_with(f"FAKE={tmp_path}\0"), 10)
 
@@ -950,12 +950,12 @@ def test_with_real_sshd_a_dead_a_hung_and_a_returning_host_do_not_hold_up_anothe
     wait_for(lambda: not processes_with(f"SSHD_TEST={folder}"), 10)
 
 
-def test_with_real_sshd_sixteen_streams_leave_no_process(sshd_hosts):
+def test_with_real_sshd_eight_streams_leave_no_process(sshd_hosts):
     environ, folder, _, _ = sshd_hosts
-    names = [f"many-{i}" for i in range(16)]
+    names = [f"many-{i}" for i in range(8)]
     monitor = Monitor(write_hosts(folder, *names), "--project", folder, "--interval", "4", **environ)
-    wait_for(lambda: monitor.documents and monitor.documents[-1]["nodes_up"] == 16, 40)
-    assert len(processes_with(f"SSHD_TEST={folder}")) >= 16
+    wait_for(lambda: monitor.documents and monitor.documents[-1]["nodes_up"] == 8, 40)
+    assert len(processes_with(f"SSHD_TEST={folder}")) >= 8
     monitor.process.kill()
     wait_for(lambda: not processes_with(f"SSHD_TEST={folder}"), 10)
 
