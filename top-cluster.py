@@ -17,6 +17,7 @@ the screen; it never becomes a number. Ages are counted on the clock of the host
 import argparse
 import array
 import collections
+import contextlib
 import copy
 import datetime
 import fcntl
@@ -55,7 +56,7 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("what to watch").add_argument
-    add("hosts", nargs="?", default="hosts", help="file with one host a line: [user@]host[:port],"
+    add("hosts", nargs="?", default="hosts", help="file with a host a line: [user@]host[:port],"
         " a name from ssh_config, or localhost, which needs no ssh")
     add("--project", default=os.path.dirname(os.path.abspath(__file__)),
         help="the project's folder, the same on every host")
@@ -88,7 +89,7 @@ def parse_args(argv=None):
 
 
 def read_hosts(path):
-    """The hosts of a file, one a line; `#` begins a comment. Raises ValueError, quoting the line."""
+    """The hosts of a file, a line each; `#` begins a comment. ValueError quotes a bad line."""
     names = []
     with open(path) as file:
         for i, line in enumerate(file, start=1):
@@ -109,8 +110,8 @@ def read_hosts(path):
 
 
 # --- 2. The story ----------------------------------------------------------------------------
-# One thread, one selector: whatever has something to say (a stream, the keyboard, a signal) is heard
-# when it says it, and nothing is ever waited for. So a host that hangs costs the others nothing.
+# One thread, one selector: whatever has something to say (a stream, the keyboard, a signal) is
+# heard when it says it, and nothing is ever waited for. A host that hangs costs the others nothing.
 
 
 def main(argv=None):
@@ -152,7 +153,7 @@ def main(argv=None):
 # there) and leaves no file. It must cost next to nothing, must never wait for a broken GPU or
 # network drive, and must not outlive its client, however that dies: when stdin closes, when a write
 # fails, or when no sign of life came for LEASE seconds, it ends, and nvidia-smi with it. Cost: two
-# looping nvidia-smi (one query each: GPUs, and every 10 s the processes on them), some reads of /proc.
+# looping nvidia-smi (they take one query each: GPUs, and every 10 s the processes on them), /proc.
 
 LEASE = 60  # seconds; the client writes a byte every LEASE / 4
 GPU_FIELDS = (
@@ -263,7 +264,7 @@ def gpus_of_driver():
 
 
 def describe_process(pid, name):
-    """[user, program]: of a command line only the program and its script, as the rest is private."""
+    """[user, program]: of a command line only program and script, as the rest may be private."""
     try:
         user = pwd.getpwuid(os.stat("/proc/%d" % pid).st_uid).pw_name
     except (OSError, KeyError):
@@ -470,7 +471,7 @@ def newest_checkpoint(folder):
 
 
 def process_state(pid):
-    """"" for a process that lives, else "stopped", "zombie" or "gone"."""
+    """Nothing for a process that lives, else "stopped", "zombie" or "gone"."""
     letter = read("/proc/%s/stat" % pid).rpartition(")")[2].split()[:1]
     return {"T": "stopped", "t": "stopped", "Z": "zombie"}.get(letter[0], "") if letter else "gone"
 
@@ -532,7 +533,7 @@ def sample_until_the_client_goes(interval, save_dir, experiment):
     for thread in threads + [files, threading.Thread(target=wait_for_the_end, daemon=True)]:
         thread.start()
     counters, log, processes, next_tick = Counters(), KernelLog(), None, time.monotonic()
-    for _ in range(50):  # the first sample should be whole, but a slow driver must not hide the host
+    for _ in range(50):  # the first sample should be whole; yet a slow driver must not hide a host
         time.sleep(0.1)
         if files.seen and all(thread.answered for thread in threads[:1]):
             break
@@ -661,10 +662,8 @@ class Streams:
             self.selector.register(pipe, selectors.EVENT_READ, lambda p=pipe: self.hear(stream, p))
 
     def write(self, stream, data):
-        try:
-            os.write(stream.process.stdin.fileno(), data)
-        except (BlockingIOError, BrokenPipeError):
-            pass  # it hangs, or has ended; both show elsewhere
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(stream.process.stdin.fileno(), data)  # that it hangs or ended shows elsewhere
 
     def hear(self, stream, pipe):
         now = time.monotonic()
@@ -1019,8 +1018,8 @@ def age_of(rank, now):
 
 
 # --- 7. Alarms -------------------------------------------------------------------------------
-# A rule is a sentence, shown in the help; the first number is how many seconds it must hold. Nothing
-# here looks at hosts that are not UP, except the rule about them: old figures raise no alarm.
+# A rule is a sentence, shown in the help; the number is how many seconds it must hold. Nothing here
+# looks at hosts that are not UP, except the rule about them: old figures raise no alarm.
 
 Alarm = collections.namedtuple("Alarm", "rule host text since")
 HANG_STEPS, HANG_SECONDS, HANG_ELSEWHERE = 5, 20, 1800
@@ -1029,17 +1028,18 @@ RULES = {
              f" of the last 20) and {HANG_SECONDS} s, or {HANG_ELSEWHERE // 60} min in another"
              " phase or while no step time is known; named are ranks that are stopped, gone or"
              " behind, else the oldest heartbeat"),
-    "low power": (30, "GPUs at 90 % utilisation or more that draw less than 60 % of their own median"
-                  " while busy (last 10 min, after 1 min): often a collective that waits for ever"),
+    "low power": (30, "GPUs at 90 % utilisation or more that draw less than 60 % of their own"
+                  " median while busy (of the last 10 min, after 1 min): often a collective that"
+                  " waits for ever"),
     "failed": (0, "a rank that says it failed"),
-    "not finite": (0, "a loss or gradient norm in the last row of metrics that is no finite number"),
+    "not finite": (0, "a loss or gradient norm in the last row of metrics that is not finite"),
     "lost node": (0, "a host that is DOWN or STALE"),
     "lost GPU": (5, "fewer GPUs answer than --expected-gpus, than the driver lists or than were"
                  " seen before; or nvidia-smi reports an error in place of figures"),
     "GPU error": (0, "an Xid in the kernel's log (readable for root only) in the last hour, or"
                   " uncorrected ECC errors since the driver was loaded"),
-    "throttling": (10, "a GPU slowed down by heat, a power brake or a hardware slowdown; a power cap"
-                   " alone is ordinary"),
+    "throttling": (10, "a GPU slowed down by heat, a power brake or a hardware slowdown; a power"
+                   " cap alone is ordinary"),
     "straggler": (30, "a busy GPU (90 %) whose SM clock is below 85 % of the median of busy GPUs of"
                   " the same name, or a rank 2 or more steps behind the median rank"),
     "disk": (0, "a file system, / or that of --save-dir, that is 95 % full or more"),
@@ -1132,12 +1132,14 @@ def find_hangs(training, now):
 
 def throttle_names(gpu):
     reasons = int(gpu.reasons or 0)
-    return "" if not reasons & 0xE8 else ", ".join(name for bit, name in THROTTLES.items() if reasons & bit)
+    if not reasons & 0xE8:  # nearly always; this is asked of every GPU at every refresh
+        return ""
+    return ", ".join(name for bit, name in THROTTLES.items() if reasons & bit)
 
 
 # --- 8. The picture: lines of text for a given width and height ------------------------------
-# A line is a list of (text, style). Nothing may wrap or be torn, so every line is made to fit: parts
-# and columns that matter less go first, and a text that is too long is cut between words, with "..".
+# A line is a list of (text, style). Nothing may wrap or be torn, so each is made to fit: parts
+# and columns that matter less go first; a text that is too long is cut between words, with "..".
 
 SORTS = {  # the key of a host that is UP; others come first, as they need a look
     "file": None,
@@ -1160,22 +1162,24 @@ p                pause: the screen stands still, the streams go on
 q                quit"""
 
 
-def duration(seconds):
+def duration(seconds, units=2):
+    """4.2 s, 41 s, 10 min 3 s, 20 h 52 min, 3 d 4 h; or the first unit alone."""
     seconds = max(0, seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     for size, unit, smaller in ((86400, "d", "h"), (3600, "h", "min"), (60, "min", "s")):
         if seconds >= size:
             rest = int(seconds % size // {"d": 3600, "h": 60, "min": 1}[unit])
-            return f"{int(seconds // size)} {unit}" + (f" {rest} {smaller}" if rest else "")
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {smaller}"
+                                                       if rest and units > 1 else "")
     return f"{seconds:.0f} s"
 
 
 def scaled(value):
     """Three or four characters and a unit: 950, 1.2k, 41k, 1.6M."""
-    for unit in " kMGT":
+    for unit in ("", "k", "M", "G", "T"):
         if value < 999.5 or unit == "T":
-            return (f"{value:.1f}" if unit != " " and value < 9.95 else f"{value:.0f}") + unit.strip()
+            return (f"{value:.1f}" if unit and value < 9.95 else f"{value:.0f}") + unit
         value /= 1000
 
 
@@ -1264,8 +1268,10 @@ def build_columns(names, bars, training):
     def loads(host):
         found = {gpu.index: gpu for gpu in host.sample.gpus or ()}
         count = max([host.expected, *(index + 1 for index in found)])
-        return "".join("x" if i not in found else "-" if found[i].util is None
-                       else bars[round(found[i].util / 100 * (len(bars) - 1))] for i in range(count))
+        utils = [found[i].util if i in found else "x" for i in range(count)]
+        top = len(bars) - 1
+        return "".join("-" if u is None else u if u == "x" else bars[round(u * top / 100)]
+                       for u in utils)
 
     def rate(values):
         return "-" if values is None else f"{scaled(values[0])} {scaled(values[1])}"
@@ -1420,6 +1426,8 @@ class View:
         counts = show(training.step, "{:,}") + (f"/{training.steps:,}" if training.steps else "")
         behind = training.ranks and max(r.step for r in training.ranks.values()) - training.step
         losses = [number(r.loss) for r in training.rows]
+        speed = number(row.tokens_per_second)
+        speed = show(speed, "{:,.0f}") if (speed or 0) < 1e6 else scaled(speed)
         return [fit([
             (1, training.experiment, "bold"),
             (2, phase, "red" if training.phase == "failed" or training.ended else "green"),
@@ -1427,14 +1435,12 @@ class View:
             (0, f"loss {show(number(row.loss), '{:.4f}')}", ""),
             (3, sparkline(losses[-120:], 20 if width < 110 else 40, self.bars), "cyan"),
         ], width), fit([
-            (0, f"{show(number(row.tokens_per_second), '{:,.0f}')} tokens/s", ""),
-            (1, f"MFU {show(share(number(row.mfu), 1), '{:.1f}')} %", ""),
-            (0, f"ends in {duration(training.eta)}" if training.eta is not None else "end unknown",
-             ""),
-            (0, f"last step {duration(training.age)} ago" if training.age is not None else "", ""),
-            (3, f"usual {duration(training.usual)}" if training.usual else "", "dim"),
-            (2, f"checkpoint {training.checkpoint:,.0f}, {duration(training.checkpoint_age)} ago"
-             if training.checkpoint else "no checkpoint", ""),
+            (0, f"{speed} tok/s", ""), (1, f"MFU {show(share(number(row.mfu), 1), '{:.1f}')}%", ""),
+            (0, "end unknown" if training.eta is None else f"left {duration(training.eta)}", ""),
+            (0, f"step {duration(training.age)} ago" if training.age is not None else "", ""),
+            (3, f"(usual {duration(training.usual)})" if training.usual else "", "dim"),
+            (2, f"saved {show(training.checkpoint, '{:,.0f}')}", ""),
+            (4, f"{duration(training.checkpoint_age, 1)} ago" if training.checkpoint else "", ""),
         ], width)]
 
     def host_lines(self, now, width, room):
@@ -1559,7 +1565,7 @@ class View:
 
     def rule_lines(self, rule, width):
         hold, text = RULES[rule]
-        text = f"{rule}: {text}" + (f"; for {hold} s" if hold else "")
+        text = f"{rule}: {text}" + (f"; raised after {hold} s" if hold else "")
         return [[(line, "")] for line in textwrap.wrap(text, width, subsequent_indent="  ")]
 
     def scrolled(self, lines, room):
@@ -1698,10 +1704,13 @@ class Screen:
 
     def redraw(self):
         width, height = self.size()
-        lines = [paint(spans, self.colour) for spans in self.view.lines(self.time(), width, height)]
+        # no "erase to the end" after a full line: it would take the last character with it
+        lines = [paint(spans, self.colour)
+                 + ("\x1b[K" if sum(len(text) for text, _ in spans) < width else "")
+                 for spans in self.view.lines(self.time(), width, height)]
         whole = len(lines) != len(self.drawn) or self.drawn_width != width
         frame = ["\x1b[2J"] if whole else []
-        frame += [f"\x1b[{i};1H{line}\x1b[K" for i, line in enumerate(lines, start=1)
+        frame += [f"\x1b[{i};1H{line}" for i, line in enumerate(lines, start=1)
                   if whole or line != self.drawn[i - 1]]
         self.drawn, self.drawn_width = lines, width
         data = "".join(frame).encode("ascii" if self.view.args.ascii else "utf-8", "replace")
@@ -1920,9 +1929,9 @@ class Demo:
         ranks = [[8 * i + g, g, host.name, 4000 + g, "training", total, self.STEPS, wall, ""]
                  for g in range(8)]
         first = max(0, total - 200) if self.step < 0 else total
-        rows = [[s, 1.9 + 4 * math.exp(-s / 300) + 0.02 * random.Random(s).uniform(-1, 1), 0.4, 1e-5,
-                 4096 * 8 * len(self.cluster.hosts) / self.STEP_SECONDS, 0.41, self.STEP_SECONDS,
-                 datetime.datetime.now(datetime.timezone.utc).isoformat()]
+        rows = [[s, 1.9 + 4 * math.exp(-s / 300) + 0.02 * random.Random(s).uniform(-1, 1), 0.4,
+                 1e-5, 4096 * 8 * len(self.cluster.hosts) / self.STEP_SECONDS, 0.41,
+                 self.STEP_SECONDS, datetime.datetime.now(datetime.timezone.utc).isoformat()]
                 for s in range(first, total + 1)] if i == 0 else []
         return json.dumps({"experiment": "demo", "ranks": ranks, "rows": rows,
                            "fresh": self.step < 0, "checkpoint": [1000, wall - 640]})

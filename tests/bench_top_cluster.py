@@ -1,21 +1,25 @@
 """What top-cluster.py costs: python tests/bench_top_cluster.py [HOSTS] [SECONDS]
 
-Runs `top-cluster.py --demo HOSTS` at 1 Hz in a terminal of 200 x 50, and prints its share of one core
-and its memory after a start of 3 seconds; then, in this process, the time of one frame. The demo
-makes up its samples, and that work is counted, too. A real fleet costs some ssh processes besides.
+Runs `top-cluster.py --demo HOSTS` at 1 Hz in a terminal of 200 x 50, and prints its share of one
+core and its memory after a start of 3 seconds; then, in this process, the time of one frame. The
+demo makes up its samples, and that work is counted, too. A real fleet costs some ssh processes
+besides. Last, it opens 100 streams through a stand-in for ssh, kills the monitor with SIGKILL, and
+prints how long the last process of them lived.
 """
 
 import argparse
+import contextlib
 import fcntl
 import importlib.util
 import os
 import platform
 import pty
-import resource
 import signal
 import statistics
 import struct
+import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -83,6 +87,38 @@ def frame_milliseconds(hosts: int, frames: int = 20) -> tuple[float, float]:
     return 1000 * statistics.median(sums), 1000 * statistics.median(drawing)
 
 
+def streams_after_kill(count: int) -> tuple[int, float]:
+    """(processes of `count` streams, seconds until the last ended after SIGKILL of the monitor)."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "ssh").write_text('#!/bin/bash\nexec sh -c "${!#}"\n')
+        (folder / "ssh").chmod(0o755)
+        (folder / "hosts").write_text("".join(f"node-{i}\n" for i in range(count)))
+        monitor = subprocess.Popen(
+            [sys.executable, PROGRAM, folder / "hosts", "--json"], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "BENCH": name})
+        for line in monitor.stdout:
+            if f'"nodes_up": {count}' in line:
+                break
+        opened = len(processes_with(f"BENCH={name}")) - 1
+        monitor.kill()
+        killed = time.monotonic()
+        while processes_with(f"BENCH={name}") and time.monotonic() < killed + 60:
+            time.sleep(0.1)
+        monitor.wait()
+        return opened, time.monotonic() - killed
+
+
+def processes_with(text: str) -> list[Path]:
+    """Processes whose environment holds `text`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found += [path] if text.encode() in path.read_bytes() else []
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("hosts", nargs="?", type=int, default=1000)
@@ -90,16 +126,16 @@ def main() -> None:
     args = parser.parse_args()
     cpu, memory, drawn = live(args.hosts, args.seconds)
     sums, drawing = frame_milliseconds(args.hosts)
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     print(f"{args.hosts} hosts, {8 * args.hosts} GPUs and ranks, 1 Hz, {args.seconds:.0f} s,"
           f" Python {platform.python_version()}, {model[0] if model else platform.machine()}:")
     print(f"  CPU     {cpu:6.1f} % of one core")
     print(f"  memory  {memory:6.1f} MiB at most")
     print(f"  frame   {drawing:6.1f} ms to draw 200 x 50, after {sums:.1f} ms of sums and alarms")
     print(f"  drawn   {drawn / 1024:6.1f} KiB a second")
-    me = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"  (this benchmark itself: {me:.0f} MiB)")
+    opened, seconds = streams_after_kill(100)
+    print(f"100 streams: {opened} processes, the last gone {seconds:.1f} s after kill -9")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ class Monitor:
         return next(h for h in self.documents[-1]["hosts"] if h["name"] == name)
 
     def states(self) -> dict:
-        return {h["name"]: h["state"] for h in self.documents[-1]["hosts"]} if self.documents else {}
+        newest = self.documents[-1]["hosts"] if self.documents else []
+        return {host["name"]: host["state"] for host in newest}
 
     def wait(self, seconds=20, **states) -> None:
         """Until the hosts (with _ for -) are in these states."""
@@ -216,7 +217,8 @@ LOST_NEWER = "Unable to determine the device handle for GPU1: 0000:3B:00.0: Unkn
 LOST_550 = "Unable to determine the device handle for GPU0000:3B:00.0: Unknown Error\n"
 NO_DRIVER = ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make"
              " sure that the latest NVIDIA driver is installed and running.\n\n")
-MISMATCH = "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 550.90\n"
+MISMATCH = ("Failed to initialize NVML: Driver/library version mismatch\n"
+            "NVML library version: 550.90\n")
 NO_PERMISSION = "Failed to initialize NVML: Insufficient Permissions\n"
 OLD_FIELD = 'Field "clocks_event_reasons.active" is not a valid field to query.\n\n'
 NO_DEVICES = "No devices were found\n"
@@ -317,7 +319,8 @@ def test_random_damage_never_crashes_the_reader_or_makes_up_a_figure():
         text = list(rng.choice(CANNED) + rng.choice(CANNED))
         for _ in range(rng.randint(1, 8)):
             place = rng.randrange(len(text))
-            text[place:place + rng.randint(0, 9)] = rng.choice(["", ",", "\n", "\0", "[N/A]", "\xff"])
+            junk = rng.choice(["", ",", "\n", "\0", "[N/A]", "\xff"])
+            text[place:place + rng.randint(0, 9)] = junk
         for cells in smi("".join(text)).gpus(100.0):
             gpu = top.parse_gpu(cells)
             assert all(value is None or value >= 0 for value in gpu[3:-1])
@@ -409,7 +412,8 @@ def test_a_line_that_is_no_sample_changes_nothing(line):
 def test_random_damage_to_samples_never_crashes_the_screen_or_tears_it():
     rng = random.Random(2)
     whole, taken = sample_line(), 0
-    junk = ['"', "{", "}", "[", "]", "null", "1e999", "NaN", "-1", '"\\u001b[2J"', "true", ",", "9" * 30]
+    junk = ['"', "{", "}", "[", "]", "null", "1e999", "NaN", "-1", '"\\u001b[2J"', "true", ",",
+            "9" * 30]
     cluster, view, _ = build(1)
     host = cluster.hosts[0]
     values = [m.span() for m in re.finditer(r'(?<=[:\[, ])(-?[\d.]+|"[^"]*")(?=[,\]} ])', whole)]
@@ -444,7 +448,8 @@ def test_text_from_a_host_cannot_reach_the_terminal_as_a_command():
 
 def test_the_hosts_file_is_read_as_the_launcher_reads_it(tmp_path):
     file = tmp_path / "hosts"
-    file.write_text("# all\n\nlocalhost\n  ada@node-1:2222 # jump\nnode_2\n[fe80::1]:22\n10.0.0.7\n")
+    file.write_text("# all\n\nlocalhost\n  ada@node-1:2222 # jump\nnode_2\n[fe80::1]:22\n"
+                    "10.0.0.7\n")
     assert top.read_hosts(file) == ["localhost", "ada@node-1:2222", "node_2", "[fe80::1]:22",
                                     "10.0.0.7"]
 
@@ -580,8 +585,8 @@ def keep_up(cluster, start: float, seconds: int, **changes) -> dict[str, str]:
 
 
 def gpu_cells(**changes):
-    names = dict(zip(top.GPU_KEYS, [0, "b0", "X", 98, 1, 2, 600, 700, 60, 1700, 1980, 4, 0, False]))
-    return list({**names, **changes}.values())
+    usual = [0, "b0", "X", 98, 1, 2, 600, 700, 60, 1700, 1980, 4, 0, False]
+    return list({**dict(zip(top.GPU_KEYS, usual, strict=True)), **changes}.values())
 
 
 def ranks_report(steps=(41, 41, 41), ages=(1.0, 1.0, 1.0), phases=("training",) * 3,
@@ -601,7 +606,7 @@ ROWS = [[s, 2.0, 0.5, 1e-5, 1000.0, None, 2.0, "2026-01-01T00:00:00+00:00"] for 
     ("lost GPU", 5, dict(gpus=[gpu_cells()], present=2)),
     ("lost GPU", 5, dict(gpus=[], present=0, gpu_error="NVIDIA-SMI has failed")),
     ("disk", 0, dict(disks=[["/", 951, 1000]])),
-    ("straggler", 30, dict(gpus=[gpu_cells(index=i, clock=1700 - 600 * (i == 2)) for i in range(4)])),
+    ("straggler", 30, dict(gpus=[gpu_cells(), gpu_cells(index=1), gpu_cells(index=2, clock=1100)])),
     ("straggler", 30, dict(training=ranks_report(steps=(41, 39, 41)))),
     ("hang", 0, dict(training=ranks_report(ages=(30.0,) * 3, rows=ROWS))),
     ("failed", 0, dict(training=ranks_report(phases=("training", "failed", "training")))),
@@ -620,7 +625,8 @@ def test_an_alarm_is_raised_after_its_time_and_not_before(rule, seconds, changes
 
 
 @pytest.mark.parametrize("changes", [
-    dict(gpus=[gpu_cells(reasons=0x04)]), dict(xids=[["0000:1b:00.0", 79, 1000.0]]), dict(xids=None),
+    dict(gpus=[gpu_cells(reasons=0x04)]), dict(xids=None),
+    dict(xids=[["0000:1b:00.0", 79, 1000.0]]),
     dict(disks=[["/", 949, 1000]]), dict(disks=None), dict(gpus=[gpu_cells(util=20, clock=300)]),
     dict(training=ranks_report(ages=(-12.0,) * 3, rows=ROWS)),  # 19 s at the end
     dict(training=ranks_report(ages=(500.0,) * 3)),  # no usual step is known yet
@@ -674,8 +680,8 @@ def test_every_rule_stands_in_the_help():
 
 
 def beat(rank: int, host: str, step: int = 41, pid: int = 1, phase: str = "training") -> str:
-    return json.dumps(dict(rank=rank, local_rank=rank, world_size=4, host=host, pid=pid, phase=phase,
-                           step=step, steps=200, time=time.time())).ljust(400)
+    return json.dumps(dict(rank=rank, local_rank=rank, world_size=4, host=host, pid=pid,
+                           phase=phase, step=step, steps=200, time=time.time())).ljust(400)
 
 
 @pytest.fixture
@@ -749,7 +755,8 @@ def test_ranks_of_all_hosts_are_put_together_and_belong_to_the_host_they_name():
     cluster = top.Cluster(args)
     for i, host in enumerate(cluster.hosts):
         ranks = [[r, 0, f"node-{r}", 1, "training", 10 + r, 99, 4990.0, None] for r in range(3)]
-        report = [{"experiment": "run", "fresh": True, "checkpoint": None, "rows": [], "ranks": ranks}]
+        report = [{"experiment": "run", "fresh": True, "checkpoint": None, "rows": [],
+                   "ranks": ranks}]
         host.take(sample_line(host=f"node-{i}", now=5000.0, training=report), 1000.0)
     cluster.refresh(1002.0)
     training = cluster.training
@@ -783,8 +790,8 @@ def fake(tmp_path):
 
 
 def test_hosts_that_are_dead_hung_slow_or_return_do_not_hold_up_the_others(tmp_path, fake):
-    hosts = write_hosts(tmp_path, *(f"hung-{i}" for i in range(9)), "dead", "denied", "half", "slow",
-                        "returning", "noisy", "good")
+    hosts = write_hosts(tmp_path, *(f"hung-{i}" for i in range(9)), "dead", "denied", "half",
+                        "slow", "returning", "noisy", "good")
     interval = 0.5
     monitor = Monitor(hosts, "--interval", interval, "--project", tmp_path, **fake)
     # nine hung ones fill all places for handshakes, for two seconds
@@ -806,7 +813,8 @@ def test_hosts_that_are_dead_hung_slow_or_return_do_not_hold_up_the_others(tmp_p
 
 
 def test_once_tells_all_hosts_and_leaves_with_status_1_if_one_is_not_up(tmp_path, fake):
-    good = once(write_hosts(tmp_path, "localhost", "noisy"), "--json", "--project", tmp_path, **fake)
+    hosts = write_hosts(tmp_path, "localhost", "noisy")
+    good = once(hosts, "--json", "--project", tmp_path, **fake)
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["nodes_up"] == 2
     bad = once(write_hosts(tmp_path, "denied", "localhost"), "--project", tmp_path, **fake)
@@ -819,7 +827,8 @@ def test_a_sampler_asks_an_older_nvidia_smi_again_and_takes_it_along_when_it_end
     install(tmp_path / "bin", "nvidia-smi", FAKE_SMI)
     monitor = Monitor(write_hosts(tmp_path, "good"), "--project", tmp_path, **fake)
     monitor.wait(good="UP")
-    wait_for(lambda: len(monitor.host("good")["gpus"] or ()) == 3 and monitor.host("good")["processes"])
+    wait_for(lambda: len(monitor.host("good")["gpus"] or ()) == 3)
+    wait_for(lambda: monitor.host("good")["processes"])
     host = monitor.host("good")
     assert host["gpus"][0]["reasons"] == 4
     assert host["processes"][0]["program"].startswith("bash")
@@ -833,7 +842,7 @@ def test_a_sampler_asks_an_older_nvidia_smi_again_and_takes_it_along_when_it_end
 
 def test_many_streams_leave_no_process_when_the_monitor_is_killed(tmp_path, fake):
     hosts = write_hosts(tmp_path, *(f"node-{i}" for i in range(20)))  # 100: bench_top_cluster.py
-    monitor = Monitor(hosts, "--interval", "5", "--project", tmp_path, **fake)
+    monitor = Monitor(hosts, "--project", tmp_path, **fake)
     wait_for(lambda: monitor.documents and monitor.documents[-1]["nodes_up"] == 20, 60)
     monitor.process.kill()
     wait_for(lambda: not processes_with(f"FAKE={tmp_path}\0"), 10)
@@ -932,7 +941,8 @@ def sshd_hosts():
 
 def test_with_real_sshd_a_dead_a_hung_and_a_returning_host_do_not_hold_up_another(sshd_hosts):
     environ, folder, serve, cable = sshd_hosts
-    monitor = Monitor(write_hosts(folder, "node-0", "node-1", "node-2"), "--project", folder, **environ)
+    hosts = write_hosts(folder, "node-0", "node-1", "node-2")
+    monitor = Monitor(hosts, "--project", folder, **environ)
     monitor.wait(node_0="UP", node_1="UP", node_2="UP")
     first = len(monitor.documents)
     serve(1, False)  # dead
@@ -953,7 +963,7 @@ def test_with_real_sshd_a_dead_a_hung_and_a_returning_host_do_not_hold_up_anothe
 def test_with_real_sshd_eight_streams_leave_no_process(sshd_hosts):
     environ, folder, _, _ = sshd_hosts
     names = [f"many-{i}" for i in range(8)]
-    monitor = Monitor(write_hosts(folder, *names), "--project", folder, "--interval", "4", **environ)
+    monitor = Monitor(write_hosts(folder, *names), "--project", folder, **environ)
     wait_for(lambda: monitor.documents and monitor.documents[-1]["nodes_up"] == 8, 40)
     assert len(processes_with(f"SSHD_TEST={folder}")) >= 8
     monitor.process.kill()
@@ -1014,7 +1024,10 @@ def test_the_screen_follows_a_new_size_takes_keys_and_goes_without_a_trace(tmux)
     assert "LOAD" in text("LOAD")
     assert len(screen().rstrip("\n").split("\n")) == 40
     tmux("send-keys", "?")
-    text("Alarms and their rules")
+    shown = text("Alarms and their rules").split("\n")
+    _, view, _ = build(8)
+    for line in texts(view.help_lines(0.0, 120, None))[:25]:  # some of them fill the whole width
+        assert line in shown
     tmux("send-keys", "Escape")
     text("HOST")
     tmux("send-keys", "p")
@@ -1057,8 +1070,8 @@ def test_prometheus_gets_a_file_or_an_address(tmp_path):
 
 
 def test_without_a_terminal_one_block_a_refresh_is_printed():
-    process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "2", "--interval", "0.3"], text=True,
-                               stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, PROGRAM, "--demo", "2", "--interval", "0.3"],
+                               text=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     lines = [process.stdout.readline() for _ in range(60)]
     process.terminate()
     process.wait(5)
