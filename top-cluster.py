@@ -82,7 +82,7 @@ def parse_args(argv=None):
         args.names = Demo.names(args.demo) if args.demo else read_hosts(args.hosts)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    args.save_dir = os.path.join(args.project, args.save_dir)
+    args.save_dir = os.path.join(os.path.abspath(args.project), args.save_dir)
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")
     args.ascii = args.ascii or encoding != "utf8"
     return args
@@ -143,8 +143,8 @@ def main(argv=None):
     except (KeyboardInterrupt, BrokenPipeError):
         pass
     finally:
-        screen.close()
         source.close()
+        screen.close()
     return 0
 
 
@@ -163,6 +163,7 @@ GPU_FIELDS = (
 ).split()
 OLDER_NAMES = {"clocks_event_reasons.active": "clocks_throttle_reasons.active"}  # before 535
 PROCESS_FIELDS = "gpu_bus_id pid used_memory process_name".split()
+BEAT_KEYS = "host pid rank local_rank world_size phase step steps time".split()
 ROW_KEYS = "step loss grad_norm lr tokens_per_second mfu step_seconds time".split()
 
 
@@ -388,8 +389,9 @@ class Files(threading.Thread):
         fresh = False
         if now >= self.next_choice:
             folder = self.newest_experiment()
-            fresh, self.folder, self.next_choice = folder != self.folder, folder, now + 5
-            self.own = None if fresh or int(now) % 30 < 6 else self.own
+            fresh, self.folder = folder != self.folder, folder
+            self.next_choice = now + (10 if folder else 1)
+            self.own = None  # ranks may have come; which ones are this host's is found out again
         if not self.folder:
             return
         if fresh:
@@ -411,7 +413,7 @@ class Files(threading.Thread):
         return max(folders, key=changed) if folders else None
 
     def read_ranks(self):
-        """A list for each rank: rank, local rank, host, pid, phase, step, steps, time, process.
+        """A list for each rank: its heartbeat's BEAT_KEYS, and its `process_state`.
 
         On a shared disk every host sees all ranks; each then reports its own, known by hostname.
         """
@@ -419,16 +421,14 @@ class Files(threading.Thread):
         for path in self.own or glob.glob(glob.escape(self.folder) + "/heartbeats/rank-*.json"):
             try:
                 beat = json.loads(read(path))
-                self.beats[path] = [beat[key] for key in (
-                    "rank", "local_rank", "host", "pid", "phase", "step", "steps", "time")]
+                self.beats[path] = [beat[key] for key in BEAT_KEYS]
             except (ValueError, KeyError, TypeError):
                 pass  # half a write: the one before it still stands
         if self.own is None:
-            own = [path for path, beat in self.beats.items() if beat[2] == hostname]
+            own = [path for path, beat in self.beats.items() if beat[0] == hostname]
             self.own = own or list(self.beats)
-        return [self.beats[path] + [process_state(self.beats[path][3])
-                                    if self.beats[path][2] == hostname else None]
-                for path in sorted(self.own) if path in self.beats]
+        beats = [self.beats[path] for path in sorted(self.own)]
+        return [beat + [process_state(beat[1]) if beat[0] == hostname else None] for beat in beats]
 
     def new_rows(self):
         """(rows of metrics.jsonl not read before, whether the file was begun anew)."""
@@ -741,8 +741,7 @@ GPU_KEYS = ("index bus name util memory_used memory_total power power_limit temp
             " clock_limit reasons ecc mig").split()
 Gpu = collections.namedtuple("Gpu", GPU_KEYS)  # memory in MiB, power in W, clocks in MHz
 Process = collections.namedtuple("Process", "bus pid user program memory")
-Rank = collections.namedtuple(
-    "Rank", "rank local_rank host pid phase step steps time process row")
+Rank = collections.namedtuple("Rank", [*BEAT_KEYS, "process", "row"])  # row: the Host it is on
 Row = collections.namedtuple("Row", ROW_KEYS)
 
 THROTTLES = {0x08: "HW slowdown", 0x20: "thermal (SW)", 0x40: "thermal (HW)", 0x80: "power brake"}
@@ -814,9 +813,11 @@ def parse_gpu(cells):
 
 
 def parse_report(report, host):
-    ranks = [Rank(int(rank), int(local), clean_text(name), int(pid), clean_text(phase, 12),
-                  int(step), int(steps), finite(time), process and clean_text(process), host)
-             for rank, local, name, pid, phase, step, steps, time, process in report["ranks"]]
+    ranks = [Rank(clean_text(name), int(pid), int(rank), int(local), int(world),
+                  clean_text(phase, 12), int(step), int(steps), finite(time),
+                  process and clean_text(process), host)
+             for name, pid, rank, local, world, phase, step, steps, time, process
+             in report["ranks"]]
     rows = [Row(*row) for row in report["rows"] if number(row[0]) is not None]
     return dict(experiment=clean_text(report["experiment"], 64), ranks=ranks, rows=rows,
                 fresh=bool(report["fresh"]), checkpoint=numbers(report["checkpoint"] or (), 2))
@@ -953,7 +954,7 @@ class Training:
 
     experiment, ranks, by_host, rows, checkpoint = "", {}, {}, (), None
     step = steps = usual = age = eta = checkpoint_age = None
-    phase, ended = "", False
+    phase, ended, starting = "", False, False
 
 
 def find_training(cluster, now):
@@ -982,6 +983,10 @@ def find_training(cluster, now):
         phases = collections.Counter(rank.phase for rank in ranks)
         training.phase = "failed" if phases["failed"] else phases.most_common(1)[0][0]
         training.ended = all(rank.process in ("gone", "zombie") for rank in ranks)
+        if training.rows and training.usual:  # rows of before a restart tell nothing of its start
+            first, row = min(ranks, key=lambda rank: rank.rank), training.rows[-1]
+            training.starting = first.time - (row_time(row) or first.time) > (
+                60 + 5 * training.usual * max(0, first.step - row.step))
     elif metrics.rows:
         training.step = metrics.rows[-1].step
         training.age = metrics.clock(now) - row_time(metrics.rows[-1])
@@ -1007,6 +1012,9 @@ def merge_ranks(hosts):
             mine = rank.host in (host.name, host.sample.hostname)
             if known is None or rank.time > known.time or (rank.time == known.time and mine):
                 ranks[rank.rank] = rank
+    # after a restart on fewer ranks, the heartbeats of the others lie about still
+    world_size = max(ranks.values(), key=lambda rank: rank.time).world_size if ranks else 0
+    ranks = {number: rank for number, rank in ranks.items() if number < world_size}
     for rank in ranks.values():
         by_host[rank.row].append(rank)
     return ranks, by_host
@@ -1025,8 +1033,8 @@ Alarm = collections.namedtuple("Alarm", "rule host text since")
 HANG_STEPS, HANG_SECONDS, HANG_ELSEWHERE = 5, 20, 1800
 RULES = {
     "hang": (0, f"a rank in training whose last step is older than {HANG_STEPS} usual steps (median"
-             f" of the last 20) and {HANG_SECONDS} s, or {HANG_ELSEWHERE // 60} min in another"
-             " phase or while no step time is known; named are ranks that are stopped, gone or"
+             f" of the last 20) and {HANG_SECONDS} s, or {HANG_ELSEWHERE // 60} min in another phase"
+             " or before the first steps since a start; named are ranks that are stopped, gone or"
              " behind, else the oldest heartbeat"),
     "low power": (30, "GPUs at 90 % utilisation or more that draw less than 60 % of their own"
                   " median while busy (of the last 10 min, after 1 min): often a collective that"
@@ -1111,7 +1119,8 @@ def find_hangs(training, now):
     for rank in behind:
         yield ("straggler", rank.rank, rank.row, f"rank {rank.rank} on {rank.row.name} is at step"
                f" {rank.step}, the median rank at {middle}")
-    limit = max(HANG_SECONDS, HANG_STEPS * training.usual) if training.usual else HANG_ELSEWHERE
+    known = training.usual and not training.starting
+    limit = max(HANG_SECONDS, HANG_STEPS * training.usual) if known else HANG_ELSEWHERE
     clocks = {host: host.clock(now) for host in training.by_host}
     old = [rank for rank in live if clocks[rank.row] - rank.time
            > (limit if rank.phase == "training" else HANG_ELSEWHERE)]
@@ -1926,8 +1935,8 @@ class Demo:
 
     def report(self, i, host, step, wall):
         total = self.FIRST_STEP + step
-        ranks = [[8 * i + g, g, host.name, 4000 + g, "training", total, self.STEPS, wall, ""]
-                 for g in range(8)]
+        ranks = [[host.name, 4000 + g, 8 * i + g, g, 8 * len(self.cluster.hosts), "training", total,
+                  self.STEPS, wall, ""] for g in range(8)]
         first = max(0, total - 200) if self.step < 0 else total
         rows = [[s, 1.9 + 4 * math.exp(-s / 300) + 0.02 * random.Random(s).uniform(-1, 1), 0.4,
                  1e-5, 4096 * 8 * len(self.cluster.hosts) / self.STEP_SECONDS, 0.41,

@@ -128,6 +128,7 @@ exec sh -c "$command"
 """
 TRAINER = r"""
 import json, os, sys, time
+from datetime import datetime, timezone
 from pathlib import Path
 
 rank, folder, shared = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
@@ -142,7 +143,7 @@ for step in range(1, 1000):
     (folder / f"heartbeats/rank-{rank:05}.json").write_text(json.dumps(beat).ljust(400))
     if rank == 0 and step % 2 == 0:
         row = dict(step=step, loss=3 / step + 1, grad_norm=1.0, lr=1e-5, tokens_per_second=1000.0,
-                   mfu=None, step_seconds=0.4, time="2026-01-01T00:00:00+00:00")
+                   mfu=None, step_seconds=0.4, time=datetime.now(timezone.utc).isoformat())
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 """
@@ -379,10 +380,10 @@ def build(count: int, *options):
     return cluster, top.View(args, cluster), demo
 
 
-def sample_line(**changes) -> str:
+def sample_line(tick: int = 0, **changes) -> str:
     cluster, _, demo = build(1)
-    sample = json.loads(demo.line(0, cluster.hosts[0], 0, None, 0))
-    return json.dumps({**sample, **changes})
+    sample = {**json.loads(demo.line(0, cluster.hosts[0], 0, None, 0)), **changes}
+    return json.dumps({**sample, "now": sample["now"] + tick})
 
 
 def texts(lines) -> list[str]:
@@ -579,7 +580,7 @@ def alarms(cluster, now) -> dict[str, str]:
 def keep_up(cluster, start: float, seconds: int, **changes) -> dict[str, str]:
     """Feeds the same sample every second and tells the alarms at the end."""
     for i in range(seconds + 1):
-        cluster.hosts[0].take(sample_line(**{**changes, "now": 5000.0 + i}), start + i)
+        cluster.hosts[0].take(sample_line(tick=i, **{"now": 5000.0, **changes}), start + i)
         found = alarms(cluster, start + i)
     return found
 
@@ -592,11 +593,12 @@ def gpu_cells(**changes):
 def ranks_report(steps=(41, 41, 41), ages=(1.0, 1.0, 1.0), phases=("training",) * 3,
                  processes=("",) * 3, rows=(), now=5000.0):
     return [{"experiment": "run", "fresh": True, "checkpoint": None, "rows": list(rows), "ranks": [
-        [i, i, "node-0", 100 + i, phases[i], steps[i], 200, now - ages[i], processes[i]]
+        ["node-0", 100 + i, i, i, 3, phases[i], steps[i], 200, now - ages[i], processes[i]]
         for i in range(3)]}]
 
 
-ROWS = [[s, 2.0, 0.5, 1e-5, 1000.0, None, 2.0, "2026-01-01T00:00:00+00:00"] for s in range(30, 41)]
+ROWS = [[s, 2.0, 0.5, 1e-5, 1000.0, None, 2.0, "1970-01-01T01:22:40.000+00:00"]
+        for s in range(30, 41)]  # the last one at the time 4960, when step 40 was done
 
 
 @pytest.mark.parametrize(("rule", "seconds", "changes"), [
@@ -634,6 +636,8 @@ def test_an_alarm_is_raised_after_its_time_and_not_before(rule, seconds, changes
     dict(training=ranks_report(ages=(500.0,) * 3, rows=ROWS, phases=("saving",) * 3)),
     dict(training=ranks_report(ages=(500.0,) * 3, rows=ROWS, processes=("gone",) * 3)),
     dict(training=ranks_report(steps=(41, 40, 41))),
+    # a restart long after the last row: its first step may take as long as it likes
+    dict(training=ranks_report(ages=(-70.0, -70.0, -70.0), rows=ROWS), now=5130.0),
 ])
 def test_ordinary_work_raises_no_alarm(changes):
     cluster = build(1)[0]
@@ -707,7 +711,7 @@ def test_half_a_heartbeat_leaves_the_one_before_it(run_folder):
     (run_folder / "heartbeats/rank-00002.json").write_text(whole[:50])
     (run_folder / "heartbeats/rank-00001.json").write_text(beat(1, "other-1", step=42))
     _, [report] = look(run_folder, files)
-    assert [rank[5] for rank in report["ranks"]] == [41, 42, 41, 41]
+    assert [rank[6] for rank in report["ranks"]] == [41, 42, 41, 41]
 
 
 def test_on_a_shared_disk_each_host_reports_its_own_ranks(run_folder):
@@ -715,7 +719,7 @@ def test_on_a_shared_disk_each_host_reports_its_own_ranks(run_folder):
     (run_folder / "heartbeats/rank-00002.json").write_text(beat(2, me, pid=os.getpid()))
     (run_folder / "heartbeats/rank-00003.json").write_text(beat(3, me, pid=99999999))
     _, [report] = look(run_folder)
-    assert [(rank[0], rank[8]) for rank in report["ranks"]] == [(2, ""), (3, "gone")]
+    assert [(rank[2], rank[9]) for rank in report["ranks"]] == [(2, ""), (3, "gone")]
 
 
 def test_rows_of_metrics_are_reported_once_and_whole(run_folder):
@@ -754,13 +758,14 @@ def test_ranks_of_all_hosts_are_put_together_and_belong_to_the_host_they_name():
     args = top.parse_args(["--demo", "3"])
     cluster = top.Cluster(args)
     for i, host in enumerate(cluster.hosts):
-        ranks = [[r, 0, f"node-{r}", 1, "training", 10 + r, 99, 4990.0, None] for r in range(3)]
+        ranks = [[f"node-{r}", 1, r, 0, 3, "training", 10 + r, 99, 4990.0 - 900 * (r == 3), None]
+                 for r in range(4)]  # the last is left from before a restart on fewer ranks
         report = [{"experiment": "run", "fresh": True, "checkpoint": None, "rows": [],
                    "ranks": ranks}]
         host.take(sample_line(host=f"node-{i}", now=5000.0, training=report), 1000.0)
     cluster.refresh(1002.0)
     training = cluster.training
-    assert [training.ranks[r].row.name for r in range(3)] == ["node-0", "node-1", "node-2"]
+    assert [training.ranks[r].row.name for r in training.ranks] == ["node-0", "node-1", "node-2"]
     assert (training.step, training.steps, training.age) == (10, 99, 12.0)
 
 
