@@ -1033,9 +1033,9 @@ Alarm = collections.namedtuple("Alarm", "rule host text since")
 HANG_STEPS, HANG_SECONDS, HANG_ELSEWHERE = 5, 20, 1800
 RULES = {
     "hang": (0, f"a rank in training whose last step is older than {HANG_STEPS} usual steps (median"
-             f" of the last 20) and {HANG_SECONDS} s, or {HANG_ELSEWHERE // 60} min in another phase"
-             " or before the first steps since a start; named are ranks that are stopped, gone or"
-             " behind, else the oldest heartbeat"),
+             f" of the last 20) and {HANG_SECONDS} s, or {HANG_ELSEWHERE // 60} min in another"
+             " phase or before the first steps since a start; named are ranks that are stopped, gone"
+             " or behind, else the oldest heartbeat"),
     "low power": (30, "GPUs at 90 % utilisation or more that draw less than 60 % of their own"
                   " median while busy (of the last 10 min, after 1 min): often a collective that"
                   " waits for ever"),
