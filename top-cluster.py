@@ -616,7 +616,7 @@ class Streams:
 
     def __init__(self, args, cluster, selector):
         self.args, self.cluster, self.selector = args, cluster, selector
-        self.source = sampler_source().encode()
+        self.source, self.next_look = sampler_source().encode(), 0.0
         self.streams = [Stream(host) for host in cluster.hosts]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         need = 3 * len(self.streams) + 64
@@ -627,6 +627,9 @@ class Streams:
 
     def tend(self, now):
         """Starts what is due, renews leases, ends streams that fell silent."""
+        if now < self.next_look:
+            return  # a thousand samples a second wake the selector as often
+        self.next_look = now + 0.1
         beginning = sum(s.process is not None and not s.host.connected
                         and now - s.started < HANDSHAKE_SECONDS for s in self.streams)
         # hosts never tried come first: retries of dead ones must not delay them
@@ -1034,8 +1037,8 @@ HANG_STEPS, HANG_SECONDS, HANG_ELSEWHERE = 5, 20, 1800
 RULES = {
     "hang": (0, f"a rank in training whose last step is older than {HANG_STEPS} usual steps (median"
              f" of the last 20) and {HANG_SECONDS} s, or {HANG_ELSEWHERE // 60} min in another"
-             " phase or before the first steps since a start; named are ranks that are stopped, gone"
-             " or behind, else the oldest heartbeat"),
+             " phase or before the first steps since a start; named are ranks that are stopped,"
+             " gone or behind, else the oldest heartbeat"),
     "low power": (30, "GPUs at 90 % utilisation or more that draw less than 60 % of their own"
                   " median while busy (of the last 10 min, after 1 min): often a collective that"
                   " waits for ever"),
@@ -1114,8 +1117,9 @@ def find_hangs(training, now):
     live = [rank for rank in ranks if rank.phase not in ("finished", "failed")]
     if not live or training.ended:
         return
-    middle = statistics.median_low([rank.step for rank in live])
-    behind = [rank for rank in live if rank.step <= middle - 2]
+    at_work = [rank for rank in live if rank.phase == "training"]
+    middle = statistics.median_low([rank.step for rank in at_work] or [0])
+    behind = [rank for rank in at_work if rank.step <= middle - 2]
     for rank in behind:
         yield ("straggler", rank.rank, rank.row, f"rank {rank.rank} on {rank.row.name} is at step"
                f" {rank.step}, the median rank at {middle}")
@@ -1408,10 +1412,12 @@ class View:
         lines = [fit([
             (9, "top-cluster", "bold"), (0, f"nodes {up}/{all_hosts} up", "" if up == all_hosts
                                          else "red"),
-            (1, f"GPUs {cluster.seen}/{cluster.expected}", "" if cluster.seen == cluster.expected
-             else "red"),
-            (2, f"util {show(cluster.util)} %", ""), (3, f"memory {show(cluster.memory)} %", ""),
-            (2, f"{show(cluster.kilowatts, '{:.2f}')} kW", ""), (0, paused, "reverse"),
+            (1, f"GPUs {cluster.seen}/{cluster.expected}" if cluster.expected else "no GPUs",
+             "" if cluster.seen == cluster.expected else "red"),
+            *([(2, f"util {show(cluster.util, '{:.0f}%')}", ""),
+               (3, f"memory {show(cluster.memory, '{:.0f}%')}", ""),
+               (2, show(cluster.kilowatts, "{:.2f} kW"), "")] if cluster.expected else []),
+            (0, paused, "reverse"),
             (5, time.strftime("%H:%M:%S"), "dim"),
         ], width)]
         if not training.experiment:
@@ -1444,7 +1450,7 @@ class View:
             (0, f"loss {show(number(row.loss), '{:.4f}')}", ""),
             (3, sparkline(losses[-120:], 20 if width < 110 else 40, self.bars), "cyan"),
         ], width), fit([
-            (0, f"{speed} tok/s", ""), (1, f"MFU {show(share(number(row.mfu), 1), '{:.1f}')}%", ""),
+            (0, f"{speed} tok/s", ""), (1, f"MFU {show(share(number(row.mfu), 1), '{:.1f}%')}", ""),
             (0, "end unknown" if training.eta is None else f"left {duration(training.eta)}", ""),
             (0, f"step {duration(training.age)} ago" if training.age is not None else "", ""),
             (3, f"(usual {duration(training.usual)})" if training.usual else "", "dim"),

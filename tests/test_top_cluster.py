@@ -813,8 +813,8 @@ def test_hosts_that_are_dead_hung_slow_or_return_do_not_hold_up_the_others(tmp_p
             if h["name"] == "good"]
     gaps = [b - a for a, b in zip(monitor.times[first:], monitor.times[first + 1:], strict=False)]
     assert len(ages) > 5
-    assert max(ages) < 2 * interval + 0.4  # its own second, one refresh, and a busy machine
-    assert max(gaps) < 2 * interval + 0.4
+    assert max(ages) < 2 * interval + 0.8  # between samples, one refresh, and a busy machine
+    assert max(gaps) < 2 * interval + 0.8
 
 
 def test_once_tells_all_hosts_and_leaves_with_status_1_if_one_is_not_up(tmp_path, fake):
@@ -960,7 +960,7 @@ def test_with_real_sshd_a_dead_a_hung_and_a_returning_host_do_not_hold_up_anothe
     monitor.wait(30, node_0="UP", node_1="UP", node_2="UP")
     healthy = [h for d in monitor.documents[first:] for h in d["hosts"] if h["name"] == "node-0"]
     assert {host["state"] for host in healthy} == {"UP"}
-    assert max(host["sample_age_seconds"] for host in healthy) < 2.5  # its second and one refresh
+    assert max(host["sample_age_seconds"] for host in healthy) < 3  # as above, at 1 Hz
     monitor.process.kill()
     wait_for(lambda: not processes_with(f"SSHD_TEST={folder}"), 10)
 
