@@ -1433,7 +1433,7 @@ class View:
         lines += [[(line, "red bold")] for line in text]
         if more:
             lines[-1] = [*lines[-1], (f"  +{more} more: a", "red")]
-        return [*lines, []]
+        return lines if len(text) == 2 else [*lines, []]  # the table below stays where it is
 
     def training_lines(self, training, width):
         row = training.rows[-1] if training.rows else Row(*[None] * len(ROW_KEYS))
