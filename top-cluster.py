@@ -197,12 +197,15 @@ class NvidiaSmi(threading.Thread):
                        "--format=csv,noheader,nounits", "-l", str(self.seconds)]
             if self.lost:  # one lost GPU makes nvidia-smi refuse to show any: name the others
                 command += ["-i", ",".join(bus for bus in gpus_of_driver() if bus not in self.lost)]
-            self.child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, universal_newlines=True, errors="replace")
-            for line in self.child.stdout:
-                self.take(line, time.time())
-            self.child.wait()
+            try:
+                self.child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, universal_newlines=True, errors="replace")
+                for line in self.child.stdout:
+                    self.take(line, time.time())
+                self.child.wait()
+            except OSError as error:
+                self.message = str(error)
             self.answered = self.answered or asked == self.fields
             if asked == self.fields and (lost == len(self.lost) or not gpus_of_driver()):
                 time.sleep(10)  # nothing was learned: the same question gets the same answer
@@ -286,14 +289,15 @@ class AmdSmi(threading.Thread):
 
     def run(self):
         while True:
-            self.child = subprocess.Popen(
-                [self.program, "metric", "--json"], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-            text = self.child.communicate()[0]
+            text = ""
             try:
+                self.child = subprocess.Popen(
+                    [self.program, "metric", "--json"], stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+                text = self.child.communicate()[0]
                 self.found, self.message, self.seen = parse_amd(text), "", time.time()
-            except (ValueError, TypeError, AttributeError):
-                self.found, self.message = [], (text.strip().split("\n")[-1] or "no answer")[:300]
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+                self.found, self.message = [], (text.strip().split("\n")[-1] or str(error))[:300]
             self.answered = True
             time.sleep(self.seconds)
 
@@ -371,9 +375,12 @@ class Files(threading.Thread):
 
     def run(self):
         while True:
-            self.disks = [self.usage("/"), self.usage(self.save_dir)]
-            self.look(time.time())
-            self.seen = time.time()
+            try:
+                self.disks = [self.usage("/"), self.usage(self.save_dir)]
+                self.look(time.time())
+                self.seen = time.time()
+            except OSError:
+                pass  # then `seen` grows old, and the disks are unknown
             time.sleep(self.interval)
 
     def usage(self, path):
@@ -494,7 +501,7 @@ class Counters:
         words = [sum(int(read(p + "/port_%s_data" % way).strip() or 0) for p in ib)
                  for way in ("rcv", "xmit")]  # counted in words of four bytes
         return {"time": time.monotonic(), "busy": sum(cpu) - cpu[3] - cpu[4], "all": sum(cpu),
-                "net": [sum(int(cards[n][i]) for n in real) for i in (0, 8)],
+                "net": [sum(int(cards[n][i]) for n in real) for i in (0, 8)] if real else None,
                 "ib": [4 * n for n in words] if ib else None}
 
     def rates(self):
@@ -608,7 +615,16 @@ class Stream:
     def __init__(self, host):
         self.host, self.process, self.failures, self.next_try = host, None, 0, 0.0
         self.started = self.lease = 0.0
-        self.buffer = self.errors = b""
+        self.buffer = self.errors = self.outgoing = b""
+
+    def write(self, data=b""):
+        """Sends what the pipe takes; the rest goes with the next call. A pipe may be as small as
+        4 KiB: Linux gives no more to a user who has a thousand of them."""
+        self.outgoing += data
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):  # both show elsewhere
+            while self.outgoing:
+                sent = os.write(self.process.stdin.fileno(), self.outgoing[:4096])
+                self.outgoing = self.outgoing[sent:]
 
 
 class Streams:
@@ -645,10 +661,13 @@ class Streams:
                 self.end(stream, now)
             elif now - stream.lease > LEASE / 4:
                 stream.lease = now
-                self.write(stream, b".")
+                stream.write(b".")
+            elif stream.outgoing:
+                stream.write()
 
     def start(self, stream, now):
-        stream.host.connected, stream.buffer, stream.errors = False, b"", b""
+        stream.host.connected = False
+        stream.buffer = stream.errors = stream.outgoing = b""
         stream.started = stream.lease = now
         try:
             stream.process = subprocess.Popen(
@@ -660,13 +679,9 @@ class Streams:
             return self.fail(stream, now)
         for pipe in (stream.process.stdin, stream.process.stdout, stream.process.stderr):
             os.set_blocking(pipe.fileno(), False)
-        self.write(stream, self.source)  # fits into an empty pipe
+        stream.write(self.source)
         for pipe in (stream.process.stdout, stream.process.stderr):
             self.selector.register(pipe, selectors.EVENT_READ, lambda p=pipe: self.hear(stream, p))
-
-    def write(self, stream, data):
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(stream.process.stdin.fileno(), data)  # that it hangs or ended shows elsewhere
 
     def hear(self, stream, pipe):
         now = time.monotonic()

@@ -5,6 +5,7 @@ network namespaces; they need root and are skipped, loudly, without it.
 """
 
 import ast
+import fcntl
 import importlib.util
 import json
 import os
@@ -851,6 +852,27 @@ def test_many_streams_leave_no_process_when_the_monitor_is_killed(tmp_path, fake
     wait_for(lambda: monitor.documents and monitor.documents[-1]["nodes_up"] == 20, 60)
     monitor.process.kill()
     wait_for(lambda: not processes_with(f"FAKE={tmp_path}\0"), 10)
+
+
+def test_the_program_arrives_whole_through_the_smallest_pipe():
+    source = os.urandom(20_000)
+    with subprocess.Popen(["sleep", "9"], stdin=subprocess.PIPE, bufsize=0) as process:
+        there, here = os.pipe()
+        fcntl.fcntl(here, fcntl.F_SETPIPE_SZ, 4096)
+        os.set_blocking(here, False)
+        os.dup2(here, process.stdin.fileno())
+        stream = top.Stream(None)
+        stream.process = process
+        stream.write(source)
+        assert stream.outgoing
+        arrived = b""
+        while len(arrived) < len(source):
+            arrived += os.read(there, 4096)
+            stream.write()
+        process.kill()
+        for end in (there, here):
+            os.close(end)
+    assert arrived == source
 
 
 def test_a_sampler_ends_when_no_sign_of_life_comes(tmp_path):
