@@ -805,7 +805,8 @@ def parse_sample(line, host=None):
         sample.disks = [(clean_text(path), finite(used), finite(total))
                         for path, used, total in data["disks"] or ()]
         sample.gpus = data["gpus"] if data["gpus"] is None else [parse_gpu(g) for g in data["gpus"]]
-        sample.gpu_error, sample.present = clean_text(data["gpu_error"], 300), int(data["present"])
+        sample.gpu_error = clean_text(data["gpu_error"], 300)
+        sample.present = count_of_gpus(data["present"])
         sample.lost = [clean_text(bus) for bus in data["lost"]]
         sample.processes = None if "processes" not in data else [
             Process(clean_text(bus), int(pid), clean_text(user or "?"), clean_text(program),
@@ -824,9 +825,17 @@ class Sample:
                  " xids training").split()
 
 
+def count_of_gpus(value):
+    """A number or index of GPUs; ValueError for what no host has, as rows are drawn for each."""
+    if not 0 <= int(value) <= 256:
+        raise ValueError(f"{value!r} is no number of GPUs")
+    return int(value)
+
+
 def parse_gpu(cells):
     index, bus, name, *rest, mig = cells
-    gpu = Gpu(int(index), clean_text(bus), clean_text(name), *map(number, rest), mig is True)
+    gpu = Gpu(count_of_gpus(index), clean_text(bus), clean_text(name), *map(number, rest),
+              mig is True)
     return gpu if gpu.util is None or gpu.util <= 100 else gpu._replace(util=None)
 
 
@@ -836,7 +845,9 @@ def parse_report(report, host):
                   process and clean_text(process), host)
              for name, pid, rank, local, world, phase, step, steps, time, process
              in report["ranks"]]
-    rows = [Row(*row) for row in report["rows"] if number(row[0]) is not None]
+    rows = [Row(*(clean_text(cell) if isinstance(cell, str) else
+                  cell if type(cell) in (int, float) else None for cell in row))
+            for row in report["rows"] if number(row[0]) is not None]  # losses may be NaN
     return dict(experiment=clean_text(report["experiment"], 64), ranks=ranks, rows=rows,
                 fresh=bool(report["fresh"]), checkpoint=numbers(report["checkpoint"] or (), 2))
 
@@ -848,7 +859,7 @@ class Host:
         self.name, self.expected_option = name, args.expected_gpus
         self.stale_seconds = max(5.0, 3 * args.interval)
         self.sample, self.heard, self.connected = None, 0.0, False
-        self.reason, self.lost_since, self.bad_lines, self.most_gpus = "", 0.0, 0, 0
+        self.reason, self.lost_since, self.most_gpus = "", 0.0, 0
         self.history = {}  # GPU index -> watts while busy, one every 15 s, of 10 minutes
         self.usual_power, self.next_history = {}, 0.0
         self.experiment, self.ranks, self.rows = "", [], collections.deque(maxlen=240)
@@ -859,7 +870,6 @@ class Host:
         """Takes one line of the stream; False if it is no whole sample."""
         sample = parse_sample(line, self)
         if sample is None:
-            self.bad_lines += 1
             return False
         self.sample, self.heard, self.connected, self.reason = sample, now, True, ""
         self.most_gpus = max(self.most_gpus, len(sample.gpus or ()), sample.present)
