@@ -73,7 +73,7 @@ class House:
         self.root = root
         self.environ = {
             **os.environ, "PYTHON": sys.executable, "TMUX_TMPDIR": str(sockets),
-            "STOP_GRACE_SECONDS": "2", "HF_HOME": "/somewhere/with space",
+            "KILL_GRACE_SECONDS": "2", "HF_HOME": "/somewhere/with space",
         }  # fmt: skip
         self.environ.pop("OMP_NUM_THREADS", None)
         root.mkdir()
@@ -140,7 +140,7 @@ def house(tmp_path_factory):
     house = House(tmp_path_factory.mktemp("launch") / "it's a $HOME", sockets)
     yield house
     for logs in (house.root / "logs").glob("*/"):
-        house.launch("stop", "--name", logs.name, STOP_GRACE_SECONDS="0")
+        house.launch("stop", "--name", logs.name, KILL_GRACE_SECONDS="0")
     for socket in sockets.glob("*/*"):
         subprocess.run(["tmux", "-S", socket, "kill-server"], capture_output=True)
     shutil.rmtree(sockets)
@@ -187,7 +187,7 @@ def test_status_of_a_finished_run_tells_its_last_step(house, finished):
     status = house.launch("status", "--name", "done")
     assert status.returncode == 0
     assert "finished" in status.stdout
-    assert '"step": 7' in status.stdout  # from --save-dir, not from outputs/
+    assert "step 7, " in status.stdout  # from --save-dir, not from outputs/
 
 
 def test_stop_of_a_finished_run_does_nothing_and_says_so(house, finished):
@@ -225,11 +225,17 @@ def test_the_cores_are_shared_among_cpu_processes(house, failed):
     assert environ["OMP_NUM_THREADS"] == str(max(1, cores // 2))
 
 
-def test_status_of_a_failed_run_names_the_rank_that_failed_first(house, failed):
+def test_status_of_a_failed_run_says_how_to_learn_who_failed_first(house, failed):
     assert failed.returncode == 1
     assert "failed with exit code 1" in failed.stdout
-    assert "first failure: rank 1" in failed.stdout
-    assert "first failure: exitcode 3" in failed.stdout
+    assert "bash launch.sh errors --name demo" in failed.stdout
+
+
+def test_errors_tells_the_rank_that_failed_from_the_one_that_was_ended(house, failed):
+    errors = house.launch("errors")
+    assert errors.returncode == 0, errors.stderr
+    assert "first to fail: rank 1 on localhost (local rank or GPU 1), exit code 3" in errors.stdout
+    assert "only ended because of it: rank 0 on localhost" in errors.stdout
 
 
 def test_the_table_of_torchrun_is_kept(house, failed):
@@ -287,7 +293,7 @@ def test_stop_ends_a_rank_deaf_to_sigterm_and_detached_children_and_nothing_else
     assert len(house.pids("deaf")) == 4
     assert all(map(is_alive, house.pids("deaf")))
     began = time.monotonic()
-    stop = house.launch("stop", "--name", "deaf", STOP_GRACE_SECONDS="2")
+    stop = house.launch("stop", "--now", "--name", "deaf", KILL_GRACE_SECONDS="2")
     assert stop.returncode == 0, stop.stderr
     assert time.monotonic() - began > 1  # SIGKILL only after the grace
     assert "SIGKILL to" in stop.stdout
@@ -304,8 +310,13 @@ def test_stop_ends_a_rank_deaf_to_sigterm_and_detached_children_and_nothing_else
 
 def test_stop_from_inside_the_tmux_of_a_run_ends_the_run_and_not_itself(house, meek):
     run_id = (house.logs("meek") / "run_id").read_text().strip()
-    stop = house.launch("stop", "--name", "meek", STOP_GRACE_SECONDS="20", TRAIN_LLM_RUN_ID=run_id)
+    stop = house.launch(
+        "stop", "--name", "meek", STOP_GRACE_SECONDS="2", KILL_GRACE_SECONDS="20",
+        TRAIN_LLM_RUN_ID=run_id,
+    )  # fmt: skip
     assert stop.returncode == 0, stop.stderr
+    assert "meek on localhost: did not end within 2 s" in stop.stdout  # it was asked first
+    assert not (house.root / "outputs/meek/stop-requested").exists()
     assert "no process of it is left" in stop.stdout
     assert "SIGKILL" not in stop.stdout
     assert not house.carriers("meek")
@@ -326,7 +337,8 @@ def no_run_appears(house):
 def test_options_that_the_trainer_refuses_start_nothing(house, no_run_appears, then, code):
     start = house.launch("--name", "refused", "--", "--model-name", "m", "--then", then)
     assert start.returncode == code
-    assert start.stderr.endswith("launch.sh: options refused; nothing was started\n")
+    assert ("stand-in: no such option" in start.stderr) == (then == "be-refused")
+    assert "nothing was started" in start.stderr
 
 
 @pytest.mark.parametrize(
@@ -341,7 +353,14 @@ def test_options_that_the_trainer_refuses_start_nothing(house, no_run_appears, t
         (["--name", "a", "--", "--experiment-name", "b"], "a run has one name"),
         (["--", "--model-name", "m"], "give --name NAME"),
         (["--nproc-per-node", "0"], "not '0'"),
-        (["status", "--nproc-per-node", "2"], "belong to start"),
+        (["status", "--nproc-per-node", "2"], "--nproc-per-node has no effect on status"),
+        (["start", "--now"], "--now has no effect on start"),
+        (["check", "--force"], "--force has no effect on check"),
+        (["stop", "--env", "A=1"], "--env has no effect on stop"),
+        (["--env", "1A=secret"], "'1A'"),
+        (["--env", "NOT_SET_ANYWHERE"], "there is no NOT_SET_ANYWHERE"),
+        (["--port", "70000"], "not '70000'"),
+        (["--max-restarts", "-1"], "not '-1'"),
         (["stop", "--", "--lr", "1"], "belong to start"),
     ],
 )
@@ -357,18 +376,22 @@ def test_status_and_stop_of_an_unknown_run_fail(house):
         assert asked.returncode == 1
 
 
-@pytest.mark.parametrize("lines", ["node-1\nlocalhost # and this\n", "# nobody\n", "node-2"])
-def test_a_hosts_file_that_names_more_than_this_machine_is_refused(house, no_run_appears, lines):
-    hosts = house.root / "hosts"
-    shipped = hosts.read_text()
-    try:
-        hosts.write_text(lines)
-        start = house.launch("--name", "far", "--", "--model-name", "m")
-    finally:
-        hosts.write_text(shipped)
+@pytest.mark.parametrize(
+    ("lines", "quoted"),
+    [
+        ("# nobody\n\n", "names no host"),
+        ("localhost\nnode-1\n\nme@node-1 # again", "line 4, names a host for the second time: 'me@node-1"),
+        ("two words", "line 1, is no host: 'two words'"),
+        ("-oProxyCommand=id", "line 1, is no host: '-oProxyCommand=id'"),
+        ("node-1:port", "line 1, is no host: 'node-1:port'"),
+        ("node-1;id", "'node-1;id'"),
+    ],
+)
+def test_a_hosts_file_with_garbage_is_refused_with_its_line(house, no_run_appears, lines, quoted):
+    (house.root / "garbage").write_text(lines)
+    start = house.launch("--hosts", "garbage", "--name", "far", "--", "--model-name", "m")
     assert start.returncode == 1
-    assert ("node" in lines) == ("node" in start.stderr)
-    assert "./hosts must name localhost alone" in start.stderr
+    assert quoted in start.stderr
 
 
 def test_a_python_without_torch_is_refused_with_the_command_to_install_it(house, no_run_appears):
@@ -385,4 +408,4 @@ def test_help_is_the_head_of_the_file(house):
     shown = house.launch("-h")
     assert shown.returncode == 0
     assert shown.stdout.startswith("Usage: bash launch.sh")
-    assert "STOP_GRACE_SECONDS" in shown.stdout
+    assert "KILL_GRACE_SECONDS" in shown.stdout
