@@ -217,8 +217,9 @@ ask() {
     local answer=$work/$2.$1 clock
     set +e +o pipefail
     compose "$1" "$2" | connect "$1" "$3" 2> "$answer.stderr" | {
-        IFS= read -r clock
-        echo "$clock ${EPOCHREALTIME/,/.}" > "$answer.clock"
+        clock='' # what .bashrc prints there comes first
+        until [[ $clock == clock* ]]; do IFS= read -r clock || break; done
+        echo "${clock#clock } ${EPOCHREALTIME/,/.}" > "$answer.clock"
         case $2 in
             host_stop) tee "$answer" ;;
             host_follow) receive_logs "$1" ;;
@@ -235,7 +236,7 @@ compose() {
     run_dir=logs/$name/$host is_host=$(($1 == 0))
     if [[ $2 == host_follow ]]; then local -A offsets=(); find_offsets; fi
     cat << EOF
-echo "\${EPOCHREALTIME/,/.}"
+echo "clock \${EPOCHREALTIME/,/.}"
 set -euo pipefail
 cd $(printf %q "$PWD") || { printf 'fail\tthere is no folder %s; copy the project there\n' $(printf '%q' "$PWD"); exit 3; }
 EOF
@@ -328,7 +329,8 @@ check() {
 find_python() {
     PYTHON=${PYTHON:-$(command -v python || command -v python3)} ||
         abort "no python on PATH: activate the environment, or set PYTHON=/path/to/python"
-    PYTHON=$(type -P "$PYTHON") || abort "PYTHON=$PYTHON is no program"
+    type -P "$PYTHON" > /dev/null || abort "PYTHON=$PYTHON is no program"
+    PYTHON=$(type -P "$PYTHON")
 }
 
 look_at_hosts() {
@@ -373,7 +375,7 @@ find_rendezvous() {
 address_of() {
     local host=${hosts[$1]} found
     if [[ $host == localhost ]]; then echo 127.0.0.1; return; fi
-    found=$(ssh -G -- "${host%:*}" | sed -n 's/^hostname //p') || abort "ssh cannot read its config"
+    found=$(ssh -T -G -- "${host%:*}" | sed -n 's/^hostname //p') || abort "ssh cannot read its config"
     getent ahostsv4 "$found" | sed -n '1s/ .*//p' | grep . ||
         abort "$host: $found has no IPv4 address here; name it in /etc/hosts, or write its address"
 }
@@ -455,7 +457,7 @@ about_host() {
     ((${#hosts[@]} == 1)) ||
         what+=", ${addresses[$1]} on ${fact[$1,interface]:-?}, clock $(seconds "${skews[$1]}") s"
     what+=", torch ${fact[$1,torch]}, free: logs ${fact[$1,logs_gib]} GiB, $save_dir ${fact[$1,save_gib]} GiB"
-    ((${#hosts[@]} == 1)) || what+="; logs ${fact[$1,logs_disk]}, $save_dir ${fact[$1,save_disk]}"
+    ((${#hosts[@]} == 1)) || what+="; logs on ${fact[$1,logs_disk]} disk, $save_dir on ${fact[$1,save_disk]}"
     echo "$what"
 }
 
@@ -493,7 +495,7 @@ host_disks() {
     mkdir -p logs || { host_say fail "cannot make $PWD/logs; give this user the right to"; return 0; }
     for key in logs save; do
         [[ $key == logs ]] && folder=logs || folder=$save_dir
-        host_say "${key}_disk" "$([[ -e $folder/.shared-$run_id ]] && echo shared || echo local)"
+        host_say "${key}_disk" "$([[ -e $folder/.shared-$run_id ]] && echo "this machine's" || echo "its own")"
         while [[ ! -d $folder ]]; do folder=$(dirname "$folder"); done
         gib=$(($(df -P --block-size=1M "$folder" | awk 'END {print $4}') / 1024))
         host_say "${key}_gib" "$gib"
@@ -605,7 +607,7 @@ host_test_port() {
     "$PYTHON" - "$is_host" "$rendezvous" "$port" "$run_id" "$host" "${#hosts[@]}" << 'EOF' && return 0
 import socket, sys, time
 listens, address, port, token, host, hosts = sys.argv[1:]
-token, port, deadline = token.encode(), int(port), time.monotonic() + 15
+token, port, deadline = token.encode(), int(port), time.monotonic() + 8
 if listens == "1":
     server, seen = socket.socket(), {host}
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -712,7 +714,7 @@ tell_started() {
     local i over=1 shared=1
     for i in "${!hosts[@]}"; do
         [[ ${fact[$i,exit_code]:-} ]] || over=''
-        [[ ${hosts[i]} == localhost || ${fact[$i,logs_disk]} == shared ]] || shared=''
+        [[ ${hosts[i]} == localhost || ${fact[$i,logs_disk]} != "its own" ]] || shared=''
     done
     if [[ $over ]]; then status; return; fi
     echo "$name: $ranks $processors process(es) started on ${#hosts[@]} host(s): ${hosts[*]}"
@@ -1066,18 +1068,18 @@ host_follow() {
 
 stop() {
     local i failed=0 reached=()
-    grace=${STOP_GRACE_SECONDS:-300} asked_to_end=1 speaker='' known=''
+    grace=${STOP_GRACE_SECONDS:-300} asked_to_end=1 speaker='' known='' running=''
     on_hosts host_status
     gather host_status
     for i in "${asked[@]}"; do
         [[ ${fact[$i,state]:-none} == none ]] || known=1
-        case ${fact[$i,state]:-} in running) ;; *) asked_to_end='' ;; esac
+        [[ ${fact[$i,state]:-} == running ]] && running=1 || asked_to_end=''
         if [[ ${fact[$i,failed]:-} ]]; then failed=1; else reached+=("$i"); fi
     done
     [[ $known || $failed == 1 ]] || no_such_run
     [[ ! $now ]] || asked_to_end=''
-    [[ $asked_to_end || $now ]] || grep -q running "$work"/host_status.? 2> /dev/null &&
-        echo "$name: not every host of it runs, so it is not asked to save"
+    [[ $asked_to_end || $now || ! $running ]] ||
+        echo "$name: not every host of it runs, so it cannot save and is not asked to"
     asked=("${reached[@]}")
     if ((${#asked[@]})); then
         speaker=${hosts[asked[0]]}
