@@ -202,14 +202,21 @@ no_such_run() {
 
 # on_hosts FUNCTION [SECONDS]: runs it on all `asked` hosts; the answer of host i is $work/FUNCTION.i
 on_hosts() {
-    local i running=0
-    set -m # a process group for each job: see the trap in main
+    local i running=0 job
+    set -m # a process group for each job: it is ended as a whole
     for i in "${asked[@]}"; do
+        : > "$work/$1.$i"
+        echo cut > "$work/$1.$i.code"
         ((running < at_once)) || { wait -n || true; running=$((running - 1)); }
         ask "$i" "$1" "${2:-${SSH_SECONDS:-60}}" 9>&- &
         running=$((running + 1))
     done
-    wait
+    while [[ $1 == host_start && $(jobs -pr) ]]; do # if one fails, the others wait for it in vain
+        sleep 0.05
+        cat "$work/$1".*.code | grep -qvxE '0|cut' || continue
+        for job in $(jobs -pr); do kill -- "-$job" 2> /dev/null || true; done
+    done
+    wait 2> /dev/null
     set +m
 }
 
@@ -226,7 +233,9 @@ ask() {
             *) cat > "$answer" ;;
         esac
     }
-    echo "${PIPESTATUS[1]}" > "$answer.code"
+    local code=${PIPESTATUS[1]}
+    echo "$code" > "$answer.code"
+    return "$code"
 }
 
 # compose I FUNCTION: the script for host I
@@ -263,7 +272,7 @@ connect() {
         timeout -k 5 "$2" bash -c "$run"
     else
         [[ $host != *:* ]] || options=(-p "${host##*:}")
-        timeout -k 5 "$2" ssh -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 \
+        timeout --foreground -k 5 "$2" ssh -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 \
             -o ServerAliveCountMax=3 "${options[@]}" -- "${host%:*}" \
             "exec timeout -k 5 $2 bash -c '$run'"
     fi
@@ -284,7 +293,7 @@ gather() {
         done < "$work/$1.$i"
         code=$(< "$work/$1.$i.code")
         fact[$i,code]=$code
-        ((code == 0 || code == 3)) || blame "$i" "$(say_why "$i" "$1" "$code")"
+        [[ $code == 0 || $code == 3 || $code == cut ]] || blame "$i" "$(say_why "$i" "$1" "$code")"
     done
 }
 
@@ -532,15 +541,13 @@ host_network() {
 }
 
 host_gpus() {
-    local line index name driver ecc used pid program busy='' count=0
+    local line index name driver ecc used pid program busy=''
     while IFS=$'\t' read -r index name driver ecc used; do
-        count=$((count + 1))
+        ((index)) || { host_say driver "$driver"; host_say gpu "$name"; }
         [[ $ecc == [1-9]* ]] && host_say fail "GPU $index has $ecc uncorrected ECC errors; reset or replace it"
         [[ $used =~ ^[0-9]+$ ]] && ((used > 1024)) && busy+=" $index ($used MiB)"
     done < <(nvidia-smi --format=csv,noheader,nounits --query-gpu=index,name,driver_version,ecc.errors.uncorrected.volatile.total,memory.used |
         sed 's/, /\t/g')
-    host_say driver "${driver:-none}"
-    host_say gpu "${name:-none}"
     line=''
     while IFS=$'\t' read -r pid program; do
         line+=" $pid of $(ps -o user= -p "$pid" 2> /dev/null || echo another container) ($program)"
@@ -737,11 +744,12 @@ host_start() {
     ((EPOCHSECONDS <= start_by)) || { host_say fail "got the start too late and left it"; exit 3; }
     mkdir -p "$run_dir"
     exec 8> "$run_dir/.lock"
-    if ! flock -n 8 || host_is_running; then
+    if ! flock -w 5 8 || host_is_running; then
         host_say fail "$name is already running; give another --name, or: bash launch.sh stop --name $name"
         exit 3
     fi
-    rm -f "$run_dir"/{exit_code,stopped} "$save_dir/$name/stop-requested"
+    [[ $(cat "$run_dir/given_up" 2> /dev/null) != "$run_id" ]] || { host_say fail "came too late"; exit 3; }
+    rm -f "$run_dir"/{exit_code,stopped,given_up} "$save_dir/$name/stop-requested"
     echo "$run_id/$host" > "$run_dir/run_id"
     echo "$save_dir" > "$run_dir/save_dir"
     host_torchrun
@@ -761,6 +769,7 @@ host_start() {
     # -f /dev/null: the user's tmux.conf could keep panes or start other programs in them
     TRAIN_LLM_RUN_ID=$run_id/$host \
         tmux -L "$(host_socket)" -f /dev/null new-session -d bash "$run_dir/run.sh" 8>&- 9>&-
+    exec 8>&-
 
     # The command to follow the logs is useless before torchrun has made them.
     until [[ $(find "$run_dir" -newer "$run_dir/run.sh" -name stderr.log -o -name exit_code) ]]; do
@@ -769,9 +778,10 @@ host_start() {
     done
     [[ -e $run_dir/exit_code ]] || return 0
     host_say exit_code "$(< "$run_dir/exit_code")"
-    [[ $(< "$run_dir/exit_code") == 0 || ${#hosts[@]} == 1 ]] ||
-        host_say fail "ended at once with exit code $(< "$run_dir/exit_code"): $(
-            grep -E 'Error|error' "$run_dir/agent.log" | tail -n 1 | cut -c 1-200); see $run_dir there"
+    [[ $(< "$run_dir/exit_code") != 0 && ${#hosts[@]} != 1 ]] || return 0
+    host_say fail "ended at once with exit code $(< "$run_dir/exit_code"): $(
+        grep -E 'Error|error' "$run_dir/agent.log" | tail -n 1 | cut -c 1-200); see $run_dir there"
+    exit 3
 }
 
 # Sets torchrun. Each $ is doubled because torchrun reads ${local_rank} and $$ in arguments as macros
@@ -1095,7 +1105,13 @@ stop() {
 host_stop() {
     local -A sent=()
     local pids pid command request signal=TERM deadline
-    [[ ! ${only:-} || $(host_id) == "$run_id/$host" ]] || return 0
+    if [[ ${only:-} ]]; then # a start was given up: one that is still on its way must not begin
+        mkdir -p "$run_dir"
+        exec 8> "$run_dir/.lock"
+        flock -w 10 8 && echo "$run_id" > "$run_dir/given_up"
+        exec 8>&-
+        [[ $(host_id) == "$run_id/$host" ]] || return 0
+    fi
     [[ $(host_processes) ]] || { echo "$name on $host: not running"; return; }
     request=$(< "$run_dir/save_dir")/$name/stop-requested
     # a run that has an exit code ended before this, and only leftovers are removed

@@ -6,6 +6,7 @@ seconds (torch is imported twice), so runs are shared between tests through fixt
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -409,3 +410,182 @@ def test_help_is_the_head_of_the_file(house):
     assert shown.returncode == 0
     assert shown.stdout.startswith("Usage: bash launch.sh")
     assert "KILL_GRACE_SECONDS" in shown.stdout
+
+
+# --- Many hosts behind a fake ssh (see tests/fakes), without Python or torchrun -------------
+
+FAKES = REPOSITORY / "tests" / "fakes"
+MODEL = ("--", "--model-name", "m")
+
+
+class Fleet(House):
+    """A House whose hosts are this machine under other names; `told` is what ssh was told."""
+
+    def __init__(self, root: Path, sockets: Path):
+        super().__init__(root, sockets)
+        self.fakes = root / "fakes"
+        self.fakes.mkdir()
+        (self.fakes / "bin").mkdir()
+        self.environ |= {
+            "PATH": f"{self.fakes}/bin:{FAKES}:{os.environ['PATH']}", "FAKES": str(self.fakes),
+            "PYTHON": str(FAKES / "python"), "SSH_SECONDS": "20",
+        }  # fmt: skip
+        self.write_hosts("node-2\n\n  # a comment\nnode-10 # another\n\tnode-1\n")
+
+    def write_hosts(self, text: str) -> None:
+        (self.root / "hosts").write_text(text)
+
+    def facts(self, host: str, **changes) -> None:
+        facts = dict(python="3.11", torch="2.13.0", cuda="None", nccl="None", transformers="5.23.0",
+                     gpus="0") | changes  # fmt: skip
+        lines = "".join(f"{key}\t{value}\n" for key, value in facts.items())
+        (self.fakes / f"{host}.facts").write_text(lines)
+
+    def login(self, host: str, script: str) -> None:
+        (self.fakes / f"{host}.login").write_text(script)
+
+    def told(self) -> list[str]:
+        return (self.fakes / "ssh").read_text().splitlines()
+
+    def alive(self, name: str) -> list[str]:
+        """Hosts on which the run has processes."""
+        hosts = set()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                environ = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"FAKES={self.fakes}".encode() not in environ:
+                continue  # of another test
+            ids = [e.decode() for e in environ if e.startswith(f"TRAIN_LLM_RUN_ID={name}-".encode())]
+            hosts |= {host for _, _, host in (e.rpartition("/") for e in ids)}
+        return sorted(hosts)
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    sockets = Path(tempfile.mkdtemp(prefix="tmux", dir="/tmp"))
+    fleet = Fleet(tmp_path / "fleet", sockets)
+    yield fleet
+    for path in fleet.fakes.glob("*.login"):
+        path.unlink()
+    for logs in (fleet.root / "logs").glob("*/"):
+        fleet.launch("stop", "--now", "--name", logs.name)
+    shutil.rmtree(sockets)
+
+
+def test_ranks_follow_the_addresses_as_text_and_the_rendezvous_is_the_first_of_the_file(fleet):
+    numbers = [3, 10, 1, 2, 20, 100, 4, 11, 9, 30]
+    fleet.write_hosts("# ten\n" + "".join(f"node-{n}\n\n" for n in numbers))
+    shown = fleet.launch("--dry-run", "--name", "ten", "--nproc-per-node", "4", *MODEL)
+    assert shown.returncode == 0, shown.stderr
+    assert "rank 0, which reads the weights and writes metrics.jsonl, is on node-1 (" in shown.stdout
+    assert shown.stdout.count("--rdzv-endpoint 10.1.0.3:29500") == 10
+    is_host = [f"is_host={int(n == 3)} --local-addr 10.1.0.{n} " in shown.stdout for n in numbers]
+    assert all(is_host)
+    assert "--nnodes 10" in shown.stdout
+    assert not fleet.alive("ten")
+
+
+def test_hosts_start_with_secrets_and_interface_and_stop(fleet):
+    fleet.write_hosts("me@node-1:2222\nnode-2\n")
+    start = fleet.launch("--name", "fine", "--env", "HF_TOKEN=s3cret", *MODEL, "$x 'y'")
+    assert start.returncode == 0, start.stderr
+    assert "2 CPU process(es) started on 2 host(s): me@node-1:2222 node-2" in start.stdout
+    log = fleet.root / "logs/fine/node-2/x/attempt_0/0/stderr.log"
+    assert log.read_text() == "node-2 secret s3cret nccl =eth7\n"
+    assert not any("s3cret" in line for line in fleet.told())
+    assert "s3cret" not in start.stdout + start.stderr
+    for path in (fleet.root / "logs").rglob("*"):
+        assert path.is_dir() or path == log or "node-1" in str(path) or b"s3cret" not in path.read_bytes()
+    assert any(" -p 2222 -- me@node-1 " in line and "BatchMode=yes" in line for line in fleet.told())
+    assert fleet.alive("fine") == ["me@node-1:2222", "node-2"]
+    assert fleet.launch("stop", "--now", "--name", "fine").returncode == 0
+    assert not fleet.alive("fine")
+
+
+def test_versions_and_gpus_that_differ_are_told_and_force_says_what_it_overrode(fleet):
+    fleet.facts("node-10", torch="2.12.0", gpus="8")
+    fleet.facts("node-1", torch="2.12.0")
+    start = fleet.launch("--name", "odd", "--nproc-per-node", "2", *MODEL)
+    assert start.returncode == 1
+    assert "node-10, node-1: has torch 2.12.0, node-2 has 2.13.0; install the same" in start.stderr
+    assert "node-10: has 8 GPUs, node-2 has 0; all hosts need the same number" in start.stderr
+    assert not fleet.alive("odd")
+    start = fleet.launch("--name", "odd", "--nproc-per-node", "2", "--force", *MODEL)
+    assert start.returncode == 0
+    assert "started in spite of this, because of --force" in start.stderr
+    assert "has torch 2.12.0" in start.stderr
+    assert len(fleet.alive("odd")) == 3
+
+
+def test_a_dead_host_keeps_the_others_from_starting_but_not_from_being_stopped(fleet):
+    assert fleet.launch("--name", "fine", *MODEL).returncode == 0
+    fleet.login("node-10", "echo 'ssh: connect to host node-10: No route to host' >&2; exit 255\n")
+    start = fleet.launch("--name", "dead", *MODEL)
+    assert start.returncode == 1
+    assert "node-10: ssh cannot connect without a password: ssh: connect to host" in start.stderr
+    assert not fleet.alive("dead")
+    status = fleet.launch("status", "--name", "fine")
+    assert status.returncode == 1
+    assert "fine on node-10: not to be reached" in status.stdout
+    stop = fleet.launch("stop", "--name", "fine")
+    assert stop.returncode == 1
+    assert "NOT stopped: node-10" in stop.stderr
+    assert fleet.alive("fine") == ["node-10"]
+
+
+def test_a_host_that_hangs_during_the_start_is_given_up_and_starts_nothing_later(fleet):
+    # it answers the check; told to start, it sleeps past the limit, and then wants to go on
+    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
+                '((n != 3)) || { trap "" TERM; sleep 9; }\n')  # fmt: skip
+    start = fleet.launch("--name", "half", *MODEL, SSH_SECONDS="2")
+    assert start.returncode == 1
+    assert "node-1: gave no answer in time" in start.stderr
+    assert "what did start is stopped" in start.stderr
+    time.sleep(8)
+    assert not fleet.alive("half")
+
+
+def test_an_interrupted_start_takes_back_what_it_started(fleet):
+    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
+                "((n != 3)) || sleep 4\n")  # fmt: skip
+    start = fleet.popen("--name", "half", *MODEL)
+    wait_for(lambda: fleet.alive("half") == ["node-10", "node-2"])
+    start.terminate()
+    _, err = start.communicate(timeout=60)
+    assert start.returncode == 130
+    assert "interrupted" in err
+    time.sleep(4)
+    assert not fleet.alive("half")
+
+
+def test_a_clock_two_seconds_off_is_warned_of_and_what_bashrc_prints_is_ignored(fleet):
+    fleet.login("node-10", "echo Welcome; echo 'fail	hello'\n"
+                "sh -c \"$3\" | awk '/^clock/ {$2 = sprintf(\"%.6f\", $2 + 2)} {print; fflush()}'\n"
+                "exit ${PIPESTATUS[0]}\n")  # fmt: skip
+    check = fleet.launch("check", "--name", "x", *MODEL)
+    assert check.returncode == 0, check.stderr
+    assert re.search(r"warning: node-10: its clock is \+[12]\.\d+ s off", check.stdout)
+
+
+def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
+    (fleet.fakes / "bin/nvidia-smi").write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in\n'
+        f"  *compute-apps*) [[ $FAKE_HOST != node-1 ]] || echo '{os.getpid()}, python other.py' ;;\n"
+        "  *remapped*) echo 'No, No' ;;\n"
+        '  *) echo "0, NVIDIA H100 80GB HBM3, 570.1, $([[ $FAKE_HOST == node-2 ]] && echo 3 || echo 0), 4"\n'
+        '     echo "1, NVIDIA H100 80GB HBM3, 570.1, [N/A], $([[ $FAKE_HOST == node-10 ]] && echo 9000)" ;;\n'
+        "esac\n"
+    )
+    (fleet.fakes / "bin/nvidia-smi").chmod(0o755)
+    for number in (1, 2, 10):
+        fleet.facts(f"node-{number}", gpus="2", cuda="13.0", nccl="(2, 28)")
+    check = fleet.launch("check", "--name", "x", "--nproc-per-node", "gpu", *MODEL)
+    assert check.returncode == 1
+    assert re.search(rf"node-1: its GPUs are used by process {os.getpid()} of \w+ \(python other.py\)", check.stderr)
+    assert "node-2: GPU 0 has 3 uncorrected ECC errors" in check.stderr
+    assert "node-10: memory is in use on GPU 1 (9000 MiB), by no process seen here" in check.stderr
+    assert "2 x NVIDIA H100" in check.stdout
+    assert check.stderr.count("launch.sh: ") == 4  # three complaints, and that nothing was started
