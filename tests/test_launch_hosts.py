@@ -334,10 +334,10 @@ def test_check_lists_every_failure_of_every_host_at_once_and_starts_nothing(clus
     shipped = other.read_text()
     listener = subprocess.Popen(
         cluster["node-2"].command(
-            sys.executable, "-c", "import socket, time; s = socket.socket();"
+            sys.executable, "-c", "import socket, sys; s = socket.socket();"
             "s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(('', 29500));"
-            "s.listen(); print('up', flush=True); time.sleep(600)",
-        ), stdout=subprocess.PIPE,
+            "s.listen(); print('up', flush=True); sys.stdin.read()",
+        ), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     listener.stdout.readline()
     skew = "unset EPOCHREALTIME; EPOCHREALTIME=$(date +%s.%6N -d '+7 sec')\n"
@@ -347,8 +347,7 @@ def test_check_lists_every_failure_of_every_host_at_once_and_starts_nothing(clus
             start = cluster.launch("stand-in", "--name", "ill", *QUICK, "obey")
     finally:
         other.write_text(shipped)
-        listener.kill()
-        listener.wait()
+        listener.communicate()
     assert start.returncode == 1
     told = start.stderr
     assert "node-10: has another download.py than node-2; copy the project there again" in told
