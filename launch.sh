@@ -203,6 +203,10 @@ no_such_run() {
 # on_hosts FUNCTION [SECONDS]: runs it on all `asked` hosts; the answer of host i is $work/FUNCTION.i
 on_hosts() {
     local i running=0 job
+    mapfile -t functions < <(compgen -A function host_)
+    library=$(declare -f "${functions[@]}")
+    mapfile -t carried < <(compgen -e | grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$')
+    carried+=("${environment[@]}")
     set -m # a process group for each job: it is ended as a whole
     for i in "${asked[@]}"; do
         : > "$work/$1.$i"
@@ -240,7 +244,7 @@ ask() {
 
 # compose I FUNCTION: the script for host I
 compose() {
-    local variable functions
+    local variable
     host=${hosts[$1]} first_rank=${first_ranks[$1]} address=${addresses[$1]}
     run_dir=logs/$name/$host is_host=$(($1 == 0))
     if [[ $2 == host_follow ]]; then local -A offsets=(); find_offsets; fi
@@ -249,19 +253,14 @@ echo "clock \${EPOCHREALTIME/,/.}"
 set -euo pipefail
 cd $(printf %q "$PWD") || { printf 'fail\tthere is no folder %s; copy the project there\n' $(printf '%q' "$PWD"); exit 3; }
 EOF
-    for variable in $(compgen -e); do
-        case $variable in HF_* | NCCL_* | GLOO_* | PYTORCH_* | TORCH_* | OMP_NUM_THREADS) ;;
-            *) [[ " ${environment[*]} " == *" $variable "* ]] || continue ;; esac
-        printf 'export %s=%q\n' "$variable" "${!variable}"
-    done
+    for variable in "${carried[@]}"; do printf 'export %s=%q\n' "$variable" "${!variable}"; done
     for variable in name host run_dir save_dir run_id options PYTHON hosts ranks rendezvous \
         port is_host address first_rank demo max_restarts processors start_by grace asked_to_end speaker \
         only KILL_GRACE_SECONDS offsets
     do
         [[ ! -v $variable && $variable != offsets ]] || declare -p "$variable" 2> /dev/null || true
     done
-    mapfile -t functions < <(compgen -A function host_)
-    declare -f "${functions[@]}"
+    echo "$library"
     echo "$2 < /dev/null"
 }
 
@@ -433,7 +432,11 @@ compare_hosts() {
     ((ranks)) || ranks=2
 }
 
-seconds() { printf '%s%d.%03d' "$( (($1 < 0)) && echo - || echo +)" $((${1#-} / 1000)) $((${1#-} % 1000)); }
+seconds() { # MILLISECONDS, with the sign in front
+    local sign=+
+    (($1 >= 0)) || sign=-
+    printf '%s%d.%03d' $sign $((${1#-} / 1000)) $((${1#-} % 1000))
+}
 
 # c10d numbers nodes by their sorted addresses, as text, not by their order in the file.
 order_ranks() {
@@ -451,7 +454,8 @@ tell_hosts() {
     for i in "${!hosts[@]}"; do
         state=ok
         [[ ! ${fact[$i,failed]:-} ]] || state=FAILED
-        printf '%-20s %-6s %s\n' "${hosts[i]}" "$state" "${fact[$i,gpus]:+$(about_host "$i")}"
+        printf '%-20s %-6s ' "${hosts[i]}" "$state"
+        if [[ ${fact[$i,gpus]:-} ]]; then about_host "$i"; else echo; fi
     done
     for warning in "${warnings[@]}"; do echo "warning: $warning"; done
     printf '%s' "${fact[$rank_0,plan]:-}"
@@ -461,13 +465,17 @@ tell_hosts() {
 }
 
 about_host() {
-    local what=${fact[$1,gpus]}
-    ((what)) && what+=" x ${fact[$1,gpu]:-GPU}" || what="CPU only"
-    ((${#hosts[@]} == 1)) ||
-        what+=", ${addresses[$1]} on ${fact[$1,interface]:-?}, clock $(seconds "${skews[$1]}") s"
-    what+=", torch ${fact[$1,torch]}, free: logs ${fact[$1,logs_gib]} GiB, $save_dir ${fact[$1,save_gib]} GiB"
-    ((${#hosts[@]} == 1)) || what+="; logs on ${fact[$1,logs_disk]} disk, $save_dir on ${fact[$1,save_disk]}"
-    echo "$what"
+    if [[ ${fact[$1,gpus]} != 0 ]]; then printf '%s x %s' "${fact[$1,gpus]}" "${fact[$1,gpu]:-GPU}"
+    else printf 'CPU only'; fi
+    if ((${#hosts[@]} > 1)); then
+        printf ', %s on %s, clock %s s' "${addresses[$1]}" "${fact[$1,interface]:-?}" "$(seconds "${skews[$1]}")"
+    fi
+    printf ', torch %s, free: logs %s GiB, %s %s GiB' "${fact[$1,torch]}" "${fact[$1,logs_gib]}" \
+        "$save_dir" "${fact[$1,save_gib]}"
+    if ((${#hosts[@]} > 1)); then
+        printf '; logs on %s disk, %s on %s' "${fact[$1,logs_disk]}" "$save_dir" "${fact[$1,save_disk]}"
+    fi
+    echo
 }
 
 tell_complaints() {
@@ -486,7 +494,7 @@ host_look() {
     done
     ((${#hosts[@]} == 1)) || command -v ip > /dev/null || missing+=" iproute2"
     [[ ! $missing ]] || host_say fail "lacks$missing: apt-get install$missing"
-    host_is_running &&
+    [[ ! $(host_processes) ]] ||
         host_say fail "$name is already running; give another --name, or: bash launch.sh stop --name $name"
     for file in train_llm.py download.py; do
         [[ -e $file ]] || { host_say fail "has no $PWD/$file; copy the project there"; continue; }
@@ -1079,8 +1087,10 @@ host_follow() {
 stop() {
     local i failed=0 reached=()
     grace=${STOP_GRACE_SECONDS:-300} asked_to_end=1 speaker='' known='' running=''
-    on_hosts host_status
-    gather host_status
+    if [[ $now && $run_id ]]; then known=1; else # else nobody needs to know how far it is
+        on_hosts host_status
+        gather host_status
+    fi
     for i in "${asked[@]}"; do
         [[ ${fact[$i,state]:-none} == none ]] || known=1
         [[ ${fact[$i,state]:-} == running ]] && running=1 || asked_to_end=''
@@ -1131,7 +1141,10 @@ host_stop() {
             kill -s "$signal" "$pid" 2> /dev/null || true
             sent[$pid]=$signal
         done
-        sleep 0.2
+        for pid in $pids; do # looking through /proc again costs more than looking at these
+            while [[ -e /proc/$pid && ${sent[$pid]:-} ]] && ((SECONDS < deadline)); do sleep 0.1; done
+        done
+        sleep 0.1
         ((SECONDS < deadline)) || signal=KILL
         ((SECONDS < deadline + 30)) || { host_say fail "SIGKILL did not end ${pids//$'\n'/ }"; exit 3; }
     done

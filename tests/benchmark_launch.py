@@ -27,13 +27,15 @@ def main(hosts: int = 64, latency: float = 0.3) -> None:
     }  # fmt: skip
     try:
         for words in (["start"], ["status"], ["stop", "--now"]):
-            began = time.monotonic()
+            began, before = time.monotonic(), os.times()
             verb = [*words, "--name", "bench"] + ["--", "--model-name", "m"] * (words == ["start"])
             done = subprocess.run(
                 ["bash", folder / "launch.sh", *verb], env=environ, text=True, capture_output=True
             )
-            seconds = time.monotonic() - began
-            print(f"{' '.join(words):<12} {hosts} hosts of {latency} s latency: {seconds:.2f} s")
+            seconds, after = time.monotonic() - began, os.times()
+            busy = after[2] + after[3] - before[2] - before[3]  # of the launcher and of all "hosts"
+            print(f"{' '.join(words):<12} {hosts} hosts of {latency} s latency: {seconds:.2f} s,"
+                  f" of which {busy:.2f} s of {os.cpu_count()} cores' time")
             assert done.returncode == 0, done.stdout + done.stderr
     finally:
         subprocess.run(
