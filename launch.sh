@@ -203,8 +203,7 @@ no_such_run() {
 # on_hosts FUNCTION [SECONDS]: runs it on all `asked` hosts; the answer of host i is $work/FUNCTION.i
 on_hosts() {
     local i running=0 job
-    mapfile -t functions < <(compgen -A function host_)
-    library=$(declare -f "${functions[@]}")
+    library=$(functions_of "$1")
     mapfile -t carried < <(compgen -e | grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$')
     carried+=("${environment[@]}")
     set -m # a process group for each job: it is ended as a whole
@@ -216,12 +215,25 @@ on_hosts() {
         running=$((running + 1))
     done
     while [[ $1 == host_start && $(jobs -pr) ]]; do # if one fails, the others wait for it in vain
-        sleep 0.05
+        sleep 0.2
         cat "$work/$1".*.code | grep -qvxE '0|cut' || continue
         for job in $(jobs -pr); do kill -- "-$job" 2> /dev/null || true; done
     done
     wait 2> /dev/null
     set +m
+}
+
+# functions_of FUNCTION: its text, and that of the host_ functions that it uses, and so on
+functions_of() {
+    local i used text word
+    used=("$1")
+    for ((i = 0; i < ${#used[@]}; i++)); do
+        text=$(declare -f "${used[i]}")
+        echo "$text"
+        while read -r word; do
+            [[ " ${used[*]} " == *" $word "* ]] || ! declare -F "$word" > /dev/null || used+=("$word")
+        done < <(grep -oE '\bhost_[a-z_]+' <<< "$text")
+    done
 }
 
 ask() {
@@ -248,11 +260,9 @@ compose() {
     host=${hosts[$1]} first_rank=${first_ranks[$1]} address=${addresses[$1]}
     run_dir=logs/$name/$host is_host=$(($1 == 0))
     if [[ $2 == host_follow ]]; then local -A offsets=(); find_offsets; fi
-    cat << EOF
-echo "clock \${EPOCHREALTIME/,/.}"
-set -euo pipefail
-cd $(printf %q "$PWD") || { printf 'fail\tthere is no folder %s; copy the project there\n' $(printf '%q' "$PWD"); exit 3; }
-EOF
+    # shellcheck disable=SC2016
+    printf 'echo "clock ${EPOCHREALTIME/,/.}"; set -euo pipefail; there=%q
+        cd "$there" || { echo "fail\tthere is no folder $there; copy the project there"; exit 3; }\n' "$PWD"
     for variable in "${carried[@]}"; do printf 'export %s=%q\n' "$variable" "${!variable}"; done
     for variable in name host run_dir save_dir run_id options PYTHON hosts ranks rendezvous \
         port is_host address first_rank demo max_restarts processors start_by grace asked_to_end speaker \
@@ -488,7 +498,7 @@ tell_complaints() {
 host_say() { printf '%s\t%s\n' "$1" "${*:2}"; }
 
 host_look() {
-    local tool missing='' file
+    local tool missing='' file sum
     for tool in tmux flock timeout sha256sum; do
         command -v "$tool" > /dev/null || missing+=" $tool"
     done
@@ -498,7 +508,8 @@ host_look() {
         host_say fail "$name is already running; give another --name, or: bash launch.sh stop --name $name"
     for file in train_llm.py download.py; do
         [[ -e $file ]] || { host_say fail "has no $PWD/$file; copy the project there"; continue; }
-        host_say "$file" "$(sha256sum < "$file")"
+        read -r sum _ < <(sha256sum "$file")
+        host_say "$file" "$sum"
     done
     host_disks
     host_limits
@@ -514,10 +525,16 @@ host_disks() {
         [[ $key == logs ]] && folder=logs || folder=$save_dir
         host_say "${key}_disk" "$([[ -e $folder/.shared-$run_id ]] && echo "this machine's" || echo "its own")"
         while [[ ! -d $folder ]]; do folder=$(dirname "$folder"); done
-        gib=$(($(df -P --block-size=1M "$folder" | awk 'END {print $4}') / 1024))
+        gib=$(($(host_free_mib "$folder") / 1024))
         host_say "${key}_gib" "$gib"
         ((gib)) || host_say fail "has less than 1 GiB free in $folder; make room"
     done
+}
+
+host_free_mib() {
+    local free=0
+    { read -r && read -r free; } < <(df --block-size=1M --output=avail "$1" 2> /dev/null) || true
+    echo "$free"
 }
 
 host_limits() {
@@ -528,22 +545,22 @@ host_limits() {
     memory=$(ulimit -Hl)
     [[ $memory == unlimited || ! -e /sys/class/infiniband ]] || ((memory > 1 << 26)) ||
         host_say fail "has InfiniBand, but may lock $memory KiB of memory (ulimit -Hl); set memlock unlimited in /etc/security/limits.conf"
-    shm=$(df -P --block-size=1M /dev/shm 2> /dev/null | awk 'END {print $4}')
-    ((${shm:-0} >= 512)) ||
-        host_say fail "has ${shm:-0} MiB free in /dev/shm, NCCL wants 512; in Docker: --shm-size 1g, else: mount -o remount,size=1g /dev/shm"
+    shm=$(host_free_mib /dev/shm)
+    ((shm >= 512)) ||
+        host_say fail "has $shm MiB free in /dev/shm, NCCL wants 512; in Docker: --shm-size 1g, else: mount -o remount,size=1g /dev/shm"
 }
 
 host_network() {
-    local own source interface
-    own=$(getent ahostsv4 "$(uname -n)" | awk 'NR == 1 {print $1}') || true
+    local own='' source interface=''
+    read -r own _ < <(getent ahostsv4 "${HOSTNAME:=$(uname -n)}") || true
     [[ $own != 127.* ]] ||
-        host_say warn "its name $(uname -n) means $own to itself; harmless here, where addresses are given"
+        host_say warn "its name $HOSTNAME means $own to itself; harmless here, where addresses are given"
     source=$(ip -4 route get "$rendezvous" 2> /dev/null | sed -nE '1s/.* src ([0-9.]+).*/\1/p') || true
     [[ $source && $source != 127.* ]] || {
         host_say fail "has no route to the rendezvous host $rendezvous; ask: ip route get $rendezvous"
         return 0
     }
-    interface=$(ip -4 -o addr show to "$source" | awk 'NR == 1 {print $2}')
+    read -r _ interface _ < <(ip -4 -o addr show to "$source")
     host_say address "$source"
     host_say interface "${interface%%@*}"
 }
@@ -611,7 +628,7 @@ host_disk_for_checkpoint() {
     [[ $1 =~ ([0-9,]+)\.[0-9]\ M\ parameters ]] || return 0
     need=$((${BASH_REMATCH[1]//,/} * 12 / 1000 / ${#hosts[@]}))
     while [[ ! -d $folder ]]; do folder=$(dirname "$folder"); done
-    free=$(($(df -P --block-size=1M "$folder" | awk 'END {print $4}') / 1024))
+    free=$(($(host_free_mib "$folder") / 1024))
     ((free >= need)) ||
         host_say fail "has $free GiB free in $folder, and one checkpoint takes about $need there; make room or choose another --save-dir"
 }
@@ -763,7 +780,7 @@ host_start() {
     host_torchrun
     host_write_run_script > "$run_dir/run.sh"
     if ((${#hosts[@]} > 1)); then
-        interface=$(ip -4 -o addr show to "$address" | awk 'NR == 1 {print $2}')
+        read -r _ interface _ < <(ip -4 -o addr show to "$address")
         export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${interface%%@*}}
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=${interface%%@*}} # = means: this very name
     fi
@@ -904,11 +921,17 @@ errors() {
     ((!${#complaints[@]}))
 }
 
-host_id() { cat "$run_dir/run_id" 2> /dev/null || echo "${run_id:-none}/$host"; }
+host_id() {
+    local id=${run_id:-none}/$host
+    [[ ! -e $run_dir/run_id ]] || read -r id < "$run_dir/run_id"
+    echo "$id"
+}
 
 # The ids of all processes of the run on this host, one a line.
 host_processes() {
-    grep -lzxF "TRAIN_LLM_RUN_ID=$(host_id)" /proc/[0-9]*/environ 2> /dev/null | cut -d/ -f3 || true
+    local path
+    while IFS=/ read -r _ _ path _; do echo "$path"; done < <(
+        grep -lzxF "TRAIN_LLM_RUN_ID=$(host_id)" /proc/[0-9]*/environ 2> /dev/null)
 }
 
 # running | finished | failed ... | stopped ... | ended ... | none

@@ -562,7 +562,7 @@ def test_an_interrupted_start_takes_back_what_it_started(fleet):
 
 def test_a_clock_two_seconds_off_is_warned_of_and_what_bashrc_prints_is_ignored(fleet):
     fleet.login("node-10", "echo Welcome; echo 'fail	hello'\n"
-                "sh -c \"$3\" | awk '/^clock/ {$2 = sprintf(\"%.6f\", $2 + 2)} {print; fflush()}'\n"
+                "sh -c \"$2\" | awk '/^clock/ {$2 = sprintf(\"%.6f\", $2 + 2)} {print; fflush()}'\n"
                 "exit ${PIPESTATUS[0]}\n")  # fmt: skip
     check = fleet.launch("check", "--name", "x", *MODEL)
     assert check.returncode == 0, check.stderr

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
-from test_launch import TRAINER
 
 needed = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "tmux", "mount")
 missing = [tool for tool in needed if not shutil.which(tool, path="/usr/sbin:/sbin:/usr/bin:/bin")]
