@@ -63,11 +63,11 @@ class Host:
             f"HostKey {self.root}/host_key\nPidFile none\nUsePAM no\nPermitRootLogin yes\n"
             "PasswordAuthentication no\n"
         )
-        link = self.cluster.links[self.name]
+        link, switch = self.cluster.links[self.name], self.cluster.switch
         sh(f"""
             ip netns add {self.namespace}
-            ip -n {self.cluster.switch} link add {link} type veth peer name eth0 netns {self.namespace}
-            ip -n {self.cluster.switch} link set {link} master br0 up
+            ip -n {switch} link add {link} type veth peer name eth0 netns {self.namespace}
+            ip -n {switch} link set {link} master br0 up
             ip -n {self.namespace} addr add {ADDRESSES[self.name]}/24 dev eth0
             ip -n {self.namespace} link set eth0 up
             ip -n {self.namespace} link set lo up
@@ -86,7 +86,7 @@ class Host:
             ["setpriv", "--pdeathsig", "KILL",  # if pytest is killed, the hosts go with it
              "ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "--pid",
              "--fork", "--kill-child", "--mount-proc", "sh", "-ec", script],
-            stdout=subprocess.DEVNULL, stderr=open(self.root / "sshd.log", "w"),
+            stdout=subprocess.DEVNULL, stderr=(self.root / "sshd.log").open("w"),  # noqa: SIM115
             env={"PATH": os.environ["PATH"]},
         )  # fmt: skip
 
@@ -170,7 +170,8 @@ class Cluster:
             to.mkdir()
             for name in ("launch.sh", "train_llm.py", "download.py"):
                 shutil.copy(ROOT / name, to)
-            (to / "hosts").write_text("\n# three\n" + "".join(f"{name} # it\n" for name in ADDRESSES))
+            lines = "".join(f"{name} # it\n" for name in ADDRESSES)
+            (to / "hosts").write_text(f"\n# three\n{lines}")
             if trainer:
                 (to / "train_llm.py").write_text(trainer)
 
@@ -270,7 +271,7 @@ def start_to_train(cluster: Cluster, folder: str, words: list, **environ) -> lis
     assert status.returncode == 0, cluster.launch(folder, "errors", "--name", name).stdout
     assert status.stdout.count("finished") == 3
     assert "step 6, " in status.stdout.splitlines()[1]
-    return losses(cluster[RANK_0].sh(f"cat {cluster.project}/{folder}/outputs/{name}/metrics.jsonl"))
+    return losses(cluster[RANK_0].sh(f"cat {cluster.project}/{folder}/outputs/{name}/*.jsonl"))
 
 
 def losses_on_one_host(words: list, save_dir: Path, name: str, cwd: Path) -> list[float]:
@@ -290,8 +291,8 @@ def test_three_hosts_train_to_the_losses_of_one_host_with_three_processes(
     for host in cluster.hosts.values():
         shutil.copytree(tiny, host.project / "real/tiny")
         shutil.copy(corpus, host.project / "real/corpus.jsonl")
-    recipe = ["--experiment-name", "three", "--max-steps", "6", "--seq-length", "32", "--lr", "1e-3",
-              "--global-batch-size", "6", "--log-freq", "1"]  # fmt: skip
+    recipe = ["--experiment-name", "three", "--max-steps", "6", "--seq-length", "32",
+              "--lr", "1e-3", "--global-batch-size", "6", "--log-freq", "1"]  # fmt: skip
     data = ["--model-name", "tiny", "--dataset-name", "corpus.jsonl"]
     three = start_to_train(cluster, "real", recipe + data)
     data = ["--model-name", str(tiny), "--dataset-name", str(corpus)]
@@ -300,7 +301,7 @@ def test_three_hosts_train_to_the_losses_of_one_host_with_three_processes(
     assert three == pytest.approx(one, rel=1e-6)
     assert three[5] < three[0]
 
-    logs = cluster.launch("real", "logs", "--name", "three")  # the run is over: it copies and returns
+    logs = cluster.launch("real", "logs", "--name", "three")  # of a run that is over: it returns
     assert logs.returncode == 0, logs.stderr
     here = cluster["node-2"].project / "real/logs/three"
     assert "finished 6 steps" in "".join(p.read_text() for p in (here / RANK_0).rglob("stderr.log"))
@@ -365,7 +366,8 @@ def test_check_lists_every_failure_of_every_host_at_once_and_starts_nothing(clus
 def test_a_host_that_hangs_after_connecting_is_named_in_time(cluster):
     with cluster["node-3"].on_login("sleep 600\n"):
         began = time.monotonic()
-        check = cluster.launch("stand-in", "check", "--name", "ill", *QUICK, "obey", SSH_SECONDS="9")
+        words = ("check", "--name", "ill", *QUICK, "obey")
+        check = cluster.launch("stand-in", *words, SSH_SECONDS="9")
     assert time.monotonic() - began < 45
     assert check.returncode == 1
     assert "node-3: gave no answer in time" in check.stderr
@@ -386,7 +388,8 @@ def test_a_port_that_another_host_cannot_reach_is_found(cluster):
 
 
 def test_an_option_that_the_trainer_refuses_is_told_once_for_all_hosts(cluster):
-    cluster.copy_project("refusing", trainer="import sys; sys.stderr.write('no such option'); sys.exit(2)")
+    trainer = "import sys; sys.stderr.write('no such option'); sys.exit(2)"
+    cluster.copy_project("refusing", trainer=trainer)
     start = cluster.launch("refusing", "--name", "ill", *QUICK, "obey")
     assert start.returncode == 2
     assert "launch.sh: node-2, node-10, node-3: no such option\n" in start.stderr
@@ -486,7 +489,8 @@ def test_errors_tells_who_failed_first_from_who_only_lost_its_peers(cluster, bys
     errors = cluster.launch("stand-in", "errors", "--name", "failing")
     assert errors.returncode == 0, errors.stderr
     lines = errors.stdout.splitlines()
-    assert lines[0].startswith("failing: first to fail: rank 1 on node-2 (local rank or GPU 0), exit code 1")
+    assert lines[0].startswith("failing: first to fail: rank 1 on node-2 (local rank or GPU 0),")
+    assert "exit code 1, at" in lines[0]
     assert "ValueError: rank 1 found something odd" in lines[1]
     assert any("raise ValueError" in line and line.startswith("  | ") for line in lines)
     for rank, name in ((0, "node-10"), (2, "node-3")):
@@ -495,13 +499,16 @@ def test_errors_tells_who_failed_first_from_who_only_lost_its_peers(cluster, bys
 
 
 def test_the_logs_of_an_attempt_survive_a_restart(cluster, bystander):
-    started = cluster.launch("stand-in", "--name", "again", "--max-restarts", "1", *QUICK, "fail-once")
+    words = ("--name", "again", "--max-restarts", "1", *QUICK, "fail-once")
+    started = cluster.launch("stand-in", *words)
     assert started.returncode == 0, started.stderr
     wait_for(lambda: state(cluster, "stand-in", "again").count("finished") == 3)
     for rank, (name, host) in zip((1, 0, 2), cluster.hosts.items(), strict=True):
-        texts = [p.read_text() for p in (host.project / "stand-in/logs/again" / name).rglob("*stderr.log")]
+        logs = (host.project / "stand-in/logs/again" / name).rglob("*stderr.log")
+        texts = [log.read_text() for log in logs]
         for attempt in 0, 1:
-            assert sum(f"rank {rank} attempt {attempt}\n" in text for text in texts) == 1, (name, texts)
+            line = f"rank {rank} attempt {attempt}\n"
+            assert sum(line in text for text in texts) == 1, (name, texts)
     assert cluster.carriers("TRAIN_LLM_RUN_ID=again") == {name: [] for name in ADDRESSES}
 
 
