@@ -6,6 +6,7 @@ seconds (torch is imported twice), so runs are shared between tests through fixt
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,7 @@ class House:
         self.root = root
         self.environ = {
             **os.environ, "PYTHON": sys.executable, "TMUX_TMPDIR": str(sockets),
-            "STOP_GRACE_SECONDS": "2", "HF_HOME": "/somewhere/with space",
+            "KILL_GRACE_SECONDS": "2", "HF_HOME": "/somewhere/with space",
         }  # fmt: skip
         self.environ.pop("OMP_NUM_THREADS", None)
         root.mkdir()
@@ -140,7 +141,7 @@ def house(tmp_path_factory):
     house = House(tmp_path_factory.mktemp("launch") / "it's a $HOME", sockets)
     yield house
     for logs in (house.root / "logs").glob("*/"):
-        house.launch("stop", "--name", logs.name, STOP_GRACE_SECONDS="0")
+        house.launch("stop", "--name", logs.name, KILL_GRACE_SECONDS="0")
     for socket in sockets.glob("*/*"):
         subprocess.run(["tmux", "-S", socket, "kill-server"], capture_output=True)
     shutil.rmtree(sockets)
@@ -187,7 +188,7 @@ def test_status_of_a_finished_run_tells_its_last_step(house, finished):
     status = house.launch("status", "--name", "done")
     assert status.returncode == 0
     assert "finished" in status.stdout
-    assert '"step": 7' in status.stdout  # from --save-dir, not from outputs/
+    assert "step 7, " in status.stdout  # from --save-dir, not from outputs/
 
 
 def test_stop_of_a_finished_run_does_nothing_and_says_so(house, finished):
@@ -225,11 +226,17 @@ def test_the_cores_are_shared_among_cpu_processes(house, failed):
     assert environ["OMP_NUM_THREADS"] == str(max(1, cores // 2))
 
 
-def test_status_of_a_failed_run_names_the_rank_that_failed_first(house, failed):
+def test_status_of_a_failed_run_says_how_to_learn_who_failed_first(house, failed):
     assert failed.returncode == 1
     assert "failed with exit code 1" in failed.stdout
-    assert "first failure: rank 1" in failed.stdout
-    assert "first failure: exitcode 3" in failed.stdout
+    assert "bash launch.sh errors --name demo" in failed.stdout
+
+
+def test_errors_tells_the_rank_that_failed_from_the_one_that_was_ended(house, failed):
+    errors = house.launch("errors")
+    assert errors.returncode == 0, errors.stderr
+    assert "first to fail: rank 1 on localhost (local rank or GPU 1), exit code 3" in errors.stdout
+    assert "only ended because of it: rank 0 on localhost" in errors.stdout
 
 
 def test_the_table_of_torchrun_is_kept(house, failed):
@@ -287,7 +294,7 @@ def test_stop_ends_a_rank_deaf_to_sigterm_and_detached_children_and_nothing_else
     assert len(house.pids("deaf")) == 4
     assert all(map(is_alive, house.pids("deaf")))
     began = time.monotonic()
-    stop = house.launch("stop", "--name", "deaf", STOP_GRACE_SECONDS="2")
+    stop = house.launch("stop", "--now", "--name", "deaf", KILL_GRACE_SECONDS="2")
     assert stop.returncode == 0, stop.stderr
     assert time.monotonic() - began > 1  # SIGKILL only after the grace
     assert "SIGKILL to" in stop.stdout
@@ -304,8 +311,13 @@ def test_stop_ends_a_rank_deaf_to_sigterm_and_detached_children_and_nothing_else
 
 def test_stop_from_inside_the_tmux_of_a_run_ends_the_run_and_not_itself(house, meek):
     run_id = (house.logs("meek") / "run_id").read_text().strip()
-    stop = house.launch("stop", "--name", "meek", STOP_GRACE_SECONDS="20", TRAIN_LLM_RUN_ID=run_id)
+    stop = house.launch(
+        "stop", "--name", "meek", STOP_GRACE_SECONDS="2", KILL_GRACE_SECONDS="20",
+        TRAIN_LLM_RUN_ID=run_id,
+    )  # fmt: skip
     assert stop.returncode == 0, stop.stderr
+    assert "meek on localhost: did not end within 2 s" in stop.stdout  # it was asked first
+    assert not (house.root / "outputs/meek/stop-requested").exists()
     assert "no process of it is left" in stop.stdout
     assert "SIGKILL" not in stop.stdout
     assert not house.carriers("meek")
@@ -326,7 +338,8 @@ def no_run_appears(house):
 def test_options_that_the_trainer_refuses_start_nothing(house, no_run_appears, then, code):
     start = house.launch("--name", "refused", "--", "--model-name", "m", "--then", then)
     assert start.returncode == code
-    assert start.stderr.endswith("launch.sh: options refused; nothing was started\n")
+    assert ("stand-in: no such option" in start.stderr) == (then == "be-refused")
+    assert "nothing was started" in start.stderr
 
 
 @pytest.mark.parametrize(
@@ -341,7 +354,14 @@ def test_options_that_the_trainer_refuses_start_nothing(house, no_run_appears, t
         (["--name", "a", "--", "--experiment-name", "b"], "a run has one name"),
         (["--", "--model-name", "m"], "give --name NAME"),
         (["--nproc-per-node", "0"], "not '0'"),
-        (["status", "--nproc-per-node", "2"], "belong to start"),
+        (["status", "--nproc-per-node", "2"], "--nproc-per-node has no effect on status"),
+        (["start", "--now"], "--now has no effect on start"),
+        (["check", "--force"], "--force has no effect on check"),
+        (["stop", "--env", "A=1"], "--env has no effect on stop"),
+        (["--env", "1A=secret"], "'1A'"),
+        (["--env", "NOT_SET_ANYWHERE"], "there is no NOT_SET_ANYWHERE"),
+        (["--port", "70000"], "not '70000'"),
+        (["--max-restarts", "-1"], "not '-1'"),
         (["stop", "--", "--lr", "1"], "belong to start"),
     ],
 )
@@ -357,18 +377,22 @@ def test_status_and_stop_of_an_unknown_run_fail(house):
         assert asked.returncode == 1
 
 
-@pytest.mark.parametrize("lines", ["node-1\nlocalhost # and this\n", "# nobody\n", "node-2"])
-def test_a_hosts_file_that_names_more_than_this_machine_is_refused(house, no_run_appears, lines):
-    hosts = house.root / "hosts"
-    shipped = hosts.read_text()
-    try:
-        hosts.write_text(lines)
-        start = house.launch("--name", "far", "--", "--model-name", "m")
-    finally:
-        hosts.write_text(shipped)
+@pytest.mark.parametrize(
+    ("lines", "quoted"),
+    [
+        ("# nobody\n\n", "names no host"),
+        ("node-0\nnode-1\n\nme@node-1 # again", "line 4, names a host for the second time: 'me@"),
+        ("two words", "line 1, is no host: 'two words'"),
+        ("-oProxyCommand=id", "line 1, is no host: '-oProxyCommand=id'"),
+        ("node-1:port", "line 1, is no host: 'node-1:port'"),
+        ("node-1;id", "'node-1;id'"),
+    ],
+)
+def test_a_hosts_file_with_garbage_is_refused_with_its_line(house, no_run_appears, lines, quoted):
+    (house.root / "garbage").write_text(lines)
+    start = house.launch("--hosts", "garbage", "--name", "far", "--", "--model-name", "m")
     assert start.returncode == 1
-    assert ("node" in lines) == ("node" in start.stderr)
-    assert "./hosts must name localhost alone" in start.stderr
+    assert quoted in start.stderr
 
 
 def test_a_python_without_torch_is_refused_with_the_command_to_install_it(house, no_run_appears):
@@ -385,4 +409,220 @@ def test_help_is_the_head_of_the_file(house):
     shown = house.launch("-h")
     assert shown.returncode == 0
     assert shown.stdout.startswith("Usage: bash launch.sh")
-    assert "STOP_GRACE_SECONDS" in shown.stdout
+    assert "KILL_GRACE_SECONDS" in shown.stdout
+
+
+# --- Many hosts behind a fake ssh (see tests/fakes), without Python or torchrun -------------
+
+FAKES = REPOSITORY / "tests" / "fakes"
+MODEL = ("--", "--model-name", "m")
+
+
+class Fleet(House):
+    """A House whose hosts are this machine under other names; `told` is what ssh was told."""
+
+    def __init__(self, root: Path, sockets: Path):
+        super().__init__(root, sockets)
+        self.fakes = root / "fakes"
+        self.fakes.mkdir()
+        (self.fakes / "bin").mkdir()
+        self.environ |= {
+            "PATH": f"{self.fakes}/bin:{FAKES}:{os.environ['PATH']}", "FAKES": str(self.fakes),
+            "PYTHON": str(FAKES / "python"), "SSH_SECONDS": "20",
+        }  # fmt: skip
+        self.write_hosts("node-2\n\n  # a comment\nnode-10 # another\n\tnode-1\n")
+
+    def write_hosts(self, text: str) -> None:
+        (self.root / "hosts").write_text(text)
+
+    def facts(self, host: str, **changes) -> None:
+        facts = dict(python="3.11", torch="2.13.0", cuda="None", nccl="None", transformers="5.23.0",
+                     gpus="0") | changes  # fmt: skip
+        lines = "".join(f"{key}\t{value}\n" for key, value in facts.items())
+        (self.fakes / f"{host}.facts").write_text(lines)
+
+    def login(self, host: str, script: str) -> None:
+        (self.fakes / f"{host}.login").write_text(script)
+
+    def told(self) -> list[str]:
+        return (self.fakes / "ssh").read_text().splitlines()
+
+    def alive(self, name: str) -> list[str]:
+        """Hosts on which the run has processes."""
+        hosts = set()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                environ = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"FAKES={self.fakes}".encode() not in environ:
+                continue  # of another test
+            marker = f"TRAIN_LLM_RUN_ID={name}-".encode()
+            ids = [e.decode() for e in environ if e.startswith(marker)]
+            hosts |= {host for _, _, host in (e.rpartition("/") for e in ids)}
+        return sorted(hosts)
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    sockets = Path(tempfile.mkdtemp(prefix="tmux", dir="/tmp"))
+    fleet = Fleet(tmp_path / "fleet", sockets)
+    yield fleet
+    for path in fleet.fakes.glob("*.login"):
+        path.unlink()
+    for logs in (fleet.root / "logs").glob("*/"):
+        fleet.launch("stop", "--now", "--name", logs.name)
+    shutil.rmtree(sockets)
+
+
+def test_ranks_follow_the_addresses_as_text_and_the_rendezvous_is_the_first_of_the_file(fleet):
+    numbers = [3, 10, 1, 2, 20, 100, 4, 11, 9, 30]
+    fleet.write_hosts("# ten\n" + "".join(f"node-{n}\n\n" for n in numbers))
+    shown = fleet.launch("--dry-run", "--name", "ten", "--nproc-per-node", "4", *MODEL)
+    assert shown.returncode == 0, shown.stderr
+    assert "reads the weights and writes metrics.jsonl, is on node-1 (" in shown.stdout
+    assert shown.stdout.count("--rdzv-endpoint 10.1.0.3:29500") == 10
+    is_host = [f"is_host={int(n == 3)} --local-addr 10.1.0.{n} " in shown.stdout for n in numbers]
+    assert all(is_host)
+    assert "--nnodes 10" in shown.stdout
+    assert not fleet.alive("ten")
+
+
+def test_hosts_start_with_secrets_and_interface_and_stop(fleet):
+    fleet.write_hosts("me@node-1:2222\nnode-2\n")
+    start = fleet.launch("--name", "fine", "--env", "HF_TOKEN=s3cret", *MODEL, "$x 'y'")
+    assert start.returncode == 0, start.stderr
+    assert "2 CPU process(es) started on 2 host(s): me@node-1:2222 node-2" in start.stdout
+    log = fleet.root / "logs/fine/node-2/x/attempt_0/0/stderr.log"
+    assert log.read_text() == "node-2 secret s3cret nccl =eth7\n"
+    assert not any("s3cret" in line for line in fleet.told())
+    assert "s3cret" not in start.stdout + start.stderr
+    for path in (fleet.root / "logs").rglob("*"):
+        if path.is_file() and path.name != "stderr.log":  # the stand-in itself writes it there
+            assert b"s3cret" not in path.read_bytes(), path
+    assert any(" -p 2222 -- me@node-1 " in line for line in fleet.told())
+    assert all("BatchMode=yes" in line for line in fleet.told())
+    assert fleet.alive("fine") == ["me@node-1:2222", "node-2"]
+    assert fleet.launch("stop", "--now", "--name", "fine").returncode == 0
+    assert not fleet.alive("fine")
+
+
+def test_versions_and_gpus_that_differ_are_told_and_force_says_what_it_overrode(fleet):
+    fleet.facts("node-10", torch="2.12.0", gpus="8")
+    fleet.facts("node-1", torch="2.12.0")
+    start = fleet.launch("--name", "odd", "--nproc-per-node", "2", *MODEL)
+    assert start.returncode == 1
+    assert "node-10, node-1: has torch 2.12.0, node-2 has 2.13.0; install the same" in start.stderr
+    assert "node-10: has 8 GPUs, node-2 has 0; all hosts need the same number" in start.stderr
+    assert not fleet.alive("odd")
+    start = fleet.launch("--name", "odd", "--nproc-per-node", "2", "--force", *MODEL)
+    assert start.returncode == 0
+    assert "started in spite of this, because of --force" in start.stderr
+    assert "has torch 2.12.0" in start.stderr
+    assert len(fleet.alive("odd")) == 3
+
+
+def test_a_dead_host_keeps_the_others_from_starting_but_not_from_being_stopped(fleet):
+    assert fleet.launch("--name", "fine", *MODEL).returncode == 0
+    fleet.login("node-10", "echo 'ssh: connect to host node-10: No route to host' >&2; exit 255\n")
+    start = fleet.launch("--name", "dead", *MODEL)
+    assert start.returncode == 1
+    assert "node-10: ssh cannot connect without a password: ssh: connect to host" in start.stderr
+    assert not fleet.alive("dead")
+    status = fleet.launch("status", "--name", "fine")
+    assert status.returncode == 1
+    assert "fine on node-10: not to be reached" in status.stdout
+    stop = fleet.launch("stop", "--name", "fine")
+    assert stop.returncode == 1
+    assert "NOT stopped: node-10" in stop.stderr
+    assert fleet.alive("fine") == ["node-10"]
+
+
+def test_a_host_that_hangs_during_the_start_is_given_up_and_starts_nothing_later(fleet):
+    # it answers the check; told to start, it sleeps past the limit, and then wants to go on
+    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
+                '((n != 3)) || { trap "" TERM; sleep 9; }\n')  # fmt: skip
+    start = fleet.launch("--name", "half", *MODEL, SSH_SECONDS="2")
+    assert start.returncode == 1
+    assert "node-1: gave no answer in time" in start.stderr
+    assert "what did start is stopped" in start.stderr
+    time.sleep(8)
+    assert not fleet.alive("half")
+
+
+def test_an_interrupted_start_takes_back_what_it_started(fleet):
+    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
+                "((n != 3)) || sleep 4\n")  # fmt: skip
+    start = fleet.popen("--name", "half", *MODEL)
+    wait_for(lambda: fleet.alive("half") == ["node-10", "node-2"])
+    start.terminate()
+    _, err = start.communicate(timeout=60)
+    assert start.returncode == 130
+    assert "interrupted" in err
+    time.sleep(4)
+    assert not fleet.alive("half")
+
+
+def test_a_clock_two_seconds_off_is_warned_of_and_what_bashrc_prints_is_ignored(fleet):
+    fleet.login("node-10", "echo Welcome; echo 'fail	hello'\n"
+                "sh -c \"$2\" | awk '/^clock/ {$2 = sprintf(\"%.6f\", $2 + 2)} {print; fflush()}'\n"
+                "exit ${PIPESTATUS[0]}\n")  # fmt: skip
+    check = fleet.launch("check", "--name", "x", *MODEL)
+    assert check.returncode == 0, check.stderr
+    assert re.search(r"warning: node-10: its clock is \+[12]\.\d+ s off", check.stdout)
+
+
+def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
+    (fleet.fakes / "bin/nvidia-smi").write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in\n'
+        f"  *compute-apps*) [[ $FAKE_HOST != node-1 ]] || echo '{os.getpid()}, other.py' ;;\n"
+        "  *remapped*) echo 'No, No' ;;\n"
+        "  *) ecc=0 used=4\n"
+        "     [[ $FAKE_HOST != node-2 ]] || ecc=3\n"
+        "     [[ $FAKE_HOST != node-10 ]] || used=9000\n"
+        '     echo "0, NVIDIA H100 80GB HBM3, 570.1, $ecc, 4"\n'
+        '     echo "1, NVIDIA H100 80GB HBM3, 570.1, [N/A], $used" ;;\n'
+        "esac\n"
+    )
+    (fleet.fakes / "bin/nvidia-smi").chmod(0o755)
+    for number in (1, 2, 10):
+        fleet.facts(f"node-{number}", gpus="2", cuda="13.0", nccl="(2, 28)")
+    check = fleet.launch("check", "--name", "x", "--nproc-per-node", "gpu", *MODEL)
+    assert check.returncode == 1
+    used_by = rf"node-1: its GPUs are used by process {os.getpid()} of \w+ \(other.py\)"
+    assert re.search(used_by, check.stderr)
+    assert "node-2: GPU 0 has 3 uncorrected ECC errors" in check.stderr
+    assert "node-10: memory is in use on GPU 1 (9000 MiB), by no process seen here" in check.stderr
+    assert "2 x NVIDIA H100" in check.stdout
+    assert check.stderr.count("launch.sh: ") == 4  # three complaints, and that nothing was started
+
+
+def test_status_tells_the_slowest_rank_of_each_host_by_its_heartbeat(fleet):
+    fleet.write_hosts("node-1\n")
+    assert fleet.launch("--name", "beat", *MODEL).returncode == 0
+    folder = fleet.root / "outputs/beat/heartbeats"
+    folder.mkdir(parents=True)
+    for rank, (step, age) in enumerate([(12, 1), (11, 90)]):
+        beat = dict(rank=rank, local_rank=rank, world_size=2, host=os.uname().nodename, pid=1,
+                    phase="forward", step=step, steps=40, time=time.time() - age)  # fmt: skip
+        (folder / f"rank-{rank:05}.json").write_text(json.dumps(beat) + "\n")
+    status = fleet.launch("status", "--name", "beat")
+    assert status.returncode == 0, status.stderr
+    told = r"beat on node-1: running, step 11 of 40 \(forward\), 9\d s ago\n"
+    assert re.fullmatch(told, status.stdout)
+
+
+def test_logs_copies_what_hosts_wrote_and_shows_it_until_the_run_ends(fleet):
+    assert fleet.launch("--name", "talk", *MODEL).returncode == 0
+    following = fleet.popen("logs", "--name", "talk")
+    log = fleet.root / "logs/talk/node-2/x/attempt_0/0/stderr.log"
+    time.sleep(2)
+    with log.open("a") as file:
+        file.write("a later line\n")
+    time.sleep(2)
+    assert fleet.launch("stop", "--now", "--name", "talk").returncode == 0
+    out, err = following.communicate(timeout=30)
+    assert following.returncode == 0, err
+    assert out.count("a later line\n") == 1
+    assert log.read_text().count("a later line\n") == 1  # here it is one and the same file
