@@ -375,10 +375,10 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(args.model_name)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--model-name {args.model_name}: no readable Hugging Face model there"
-            f" ({first_line(error)}); give a folder with config.json, or a hub name"
-        ) from None
+        missing = download.is_local(args.model_name) and not Path(args.model_name).exists()
+        why = "no such folder" if missing else first_line(error)
+        raise InputError(f"--model-name {args.model_name}: no readable Hugging Face model there"
+                         f" ({why}); give a folder with config.json, or a hub name") from None
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and args.seq_length > longest:
         raise InputError(
