@@ -524,7 +524,7 @@ host_disks() {
     for key in logs save; do
         [[ $key == logs ]] && folder=logs || folder=$save_dir
         host_say "${key}_disk" "$([[ -e $folder/.shared-$run_id ]] && echo "this machine's" || echo "its own")"
-        while [[ ! -d $folder ]]; do folder=$(dirname "$folder"); done
+        while [[ ! -d $folder ]]; do folder=$(dirname -- "$folder"); done
         gib=$(($(host_free_mib "$folder") / 1024))
         host_say "${key}_gib" "$gib"
         ((gib)) || host_say fail "has less than 1 GiB free in $folder; make room"
@@ -753,27 +753,29 @@ tell_started() {
     [[ $PWD == "$called_from" ]] || echo "in $PWD:"
     if [[ $shared ]]; then echo "  follow:  find logs/ -name \\*stderr.log | xargs tail -f"
     else echo "  follow:  bash launch.sh logs --name $name    (the logs are on each host's own disk)"; fi
-    if ((${#hosts[@]} == 1)); then echo "  watch:   tail -F $save_dir/$name/metrics.jsonl"
-    else echo "  watch:   bash launch.sh status --name $name"; fi
+    printf '  watch:   python top-cluster.py %q%s\n' "$hosts_file" \
+        "$([[ $save_dir == outputs ]] || printf ' --save-dir %q' "$save_dir")"
     echo "  stop:    bash launch.sh stop --name $name"
 }
 
-host_socket() { echo "train_llm-$name-$(cksum <<< "$PWD $host" | cut -d' ' -f1)"; }
-
-host_is_running() {
-    [[ $(host_processes) ]] || tmux -L "$(host_socket)" has-session 2> /dev/null
+# Runs of this name in another folder are other runs: the socket's name tells them apart.
+host_socket() {
+    local sum
+    read -r sum _ < <(cksum <<< "$PWD $host")
+    echo "train_llm-$name-$sum"
 }
 
 host_start() {
-    local cores deadline=$((SECONDS + 30))
+    local cores socket deadline=$((SECONDS + 30))
     ((EPOCHSECONDS <= start_by)) || { host_say fail "got the start too late and left it"; exit 3; }
     mkdir -p "$run_dir"
     exec 8> "$run_dir/.lock"
-    if ! flock -w 5 8 || host_is_running; then
+    socket=$(host_socket)
+    if ! flock -w 5 8 || [[ $(host_processes) ]] || tmux -L "$socket" has-session 2> /dev/null; then
         host_say fail "$name is already running; give another --name, or: bash launch.sh stop --name $name"
         exit 3
     fi
-    [[ $(cat "$run_dir/given_up" 2> /dev/null) != "$run_id" ]] || { host_say fail "came too late"; exit 3; }
+    [[ ! -e $run_dir/given_up || $(< "$run_dir/given_up") != "$run_id" ]] || { host_say fail "came too late"; exit 3; }
     rm -f "$run_dir"/{exit_code,stopped,given_up} "$save_dir/$name/stop-requested"
     echo "$run_id/$host" > "$run_dir/run_id"
     echo "$save_dir" > "$run_dir/save_dir"
@@ -793,7 +795,7 @@ host_start() {
     ulimit -n "$(ulimit -Hn)"
     # -f /dev/null: the user's tmux.conf could keep panes or start other programs in them
     TRAIN_LLM_RUN_ID=$run_id/$host \
-        tmux -L "$(host_socket)" -f /dev/null new-session -d bash "$run_dir/run.sh" 8>&- 9>&-
+        tmux -L "$socket" -f /dev/null new-session -d bash "$run_dir/run.sh" 8>&- 9>&-
     exec 8>&-
 
     # The command to follow the logs is useless before torchrun has made them.
