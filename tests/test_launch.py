@@ -141,7 +141,7 @@ def house(tmp_path_factory):
     house = House(tmp_path_factory.mktemp("launch") / "it's a $HOME", sockets)
     yield house
     for logs in (house.root / "logs").glob("*/"):
-        house.launch("stop", "--name", logs.name, KILL_GRACE_SECONDS="0")
+        house.launch("stop", "--now", "--name", logs.name, KILL_GRACE_SECONDS="0")
     for socket in sockets.glob("*/*"):
         subprocess.run(["tmux", "-S", socket, "kill-server"], capture_output=True)
     shutil.rmtree(sockets)
