@@ -917,10 +917,11 @@ class Saver:
                 shutil.rmtree(self.folder / f"step-{self.saved_step:08}", ignore_errors=True)
             self.saved_step = None
         self.in_flight = None
-        whole = sorted(path.parent for path in self.folder.glob("step-*/.metadata"))
+        whole = [sorted(path.parent.name for path in self.folder.glob("step-*/.metadata"))]
+        dist.broadcast_object_list(whole, src=0, device=torch.device("cpu"))  # only there for sure
         if self.processes.local_rank == 0 and self.saved_step:
             for old in sorted(self.folder.glob("step-*")):
-                if old not in whole[-self.args.keep_checkpoints :]:
+                if old.name not in whole[0][-self.args.keep_checkpoints :]:
                     (old / ".metadata").unlink(missing_ok=True)  # first: half gone, it is none
                     shutil.rmtree(old, ignore_errors=True)
 
@@ -985,41 +986,47 @@ def begin_or_resume(
     model: nn.Module, folder: Path, args: argparse.Namespace, processes: Processes
 ) -> TrainState:
     """The state of the newest sound checkpoint of the run; without one, the pretrained weights."""
-    found = [sorted((p.parent for p in folder.glob("checkpoints/step-*/.metadata")), reverse=True)]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))  # rank 0 decides
+    found = [find_checkpoints(folder) if processes.rank == 0 else None]
+    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     source = None if found[0] else load_weights(args, processes)
     sharded = shard(model, source, args, processes)
     state = TrainState(sharded, build_optimizer(sharded, args))
-    load_newest(state, found[0], processes)
-    return state
-
-
-def load_newest(state: TrainState, checkpoints: list[Path], processes: Processes) -> None:
-    """Load the newest checkpoint whose files are sound. Raises InputError if there is none."""
-    for checkpoint in checkpoints:
-        about = json.loads((checkpoint / "about.json").read_text())
-        ours, theirs = state.model.shapes, {k: list(v) for k, v in about["shapes"].items()}
-        if ours != theirs:
-            name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
-            raise InputError(f"{checkpoint} is of another model: {name} is {theirs.get(name)} there"
-                             f" and {ours.get(name)} here; choose another --experiment-name")
-        broken = broken_files(checkpoint, processes)
+    for checkpoint, about, files in found[0]:
+        check_same_model(checkpoint, about["shapes"], sharded.shapes)
+        broken = broken_files(checkpoint, files, processes)
         if not broken:
             planner = SliceReader(flatten_state_dict=False)
             dcp.load(state.slices(), checkpoint_id=checkpoint, planner=planner)
             state.set_step(about["step"])
             log.info("resumed from %s", checkpoint)
-            return
+            return state
         log.warning("%s is not used: %s", checkpoint, "; ".join(broken))
-    if checkpoints:
-        raise InputError(f"no checkpoint in {checkpoints[0].parent} is sound (see above); restore"
+    if found[0]:
+        raise InputError(f"no checkpoint in {folder / 'checkpoints'} is sound (see above); restore"
                          " its files, or move the folder away to begin again")
+    return state
 
 
-def broken_files(checkpoint: Path, processes: Processes) -> list[str]:
+def find_checkpoints(folder: Path) -> list[tuple[Path, dict, list[str]]]:
+    """(folder, its about.json, names of its files) of the run's whole checkpoints, newest first."""
+    found = []
+    for path in sorted(folder.glob("checkpoints/step-*/.metadata"), reverse=True):
+        storage = dcp.FileSystemReader(path.parent).read_metadata().storage_data
+        about = json.loads((path.parent / "about.json").read_text())
+        found.append((path.parent, about, sorted({i.relative_path for i in storage.values()})))
+    return found
+
+
+def check_same_model(checkpoint: Path, theirs: dict, ours: dict) -> None:
+    """Raises InputError, with the first name and shape that differ."""
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            raise InputError(f"{checkpoint} is of another model: {name} is {theirs.get(name)} there"
+                             f" and {ours.get(name)} here; choose another --experiment-name")
+
+
+def broken_files(checkpoint: Path, names: list[str], processes: Processes) -> list[str]:
     """What is wrong with the files of a checkpoint; the ranks check them side by side."""
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
-    names = sorted({info.relative_path for info in metadata.storage_data.values()})
     problems = []
     for name in names[processes.rank :: processes.world_size]:
         file, note = checkpoint / name, checkpoint / f"{name}.json"
