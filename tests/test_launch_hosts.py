@@ -269,8 +269,7 @@ def start_to_train(cluster: Cluster, folder: str, words: list, **environ) -> lis
     wait_for(lambda: "running" not in state(cluster, folder, name), 200)
     status = cluster.launch(folder, "status", "--name", name)
     assert status.returncode == 0, cluster.launch(folder, "errors", "--name", name).stdout
-    assert status.stdout.count("finished") == 3
-    assert "step 6, " in status.stdout.splitlines()[1]
+    assert status.stdout.count(": finished, step 6 of 6") == 3, status.stdout
     return losses(cluster[RANK_0].sh(f"cat {cluster.project}/{folder}/outputs/{name}/*.jsonl"))
 
 
@@ -304,8 +303,9 @@ def test_three_hosts_train_to_the_losses_of_one_host_with_three_processes(
     logs = cluster.launch("real", "logs", "--name", "three")  # of a run that is over: it returns
     assert logs.returncode == 0, logs.stderr
     here = cluster["node-2"].project / "real/logs/three"
-    assert "finished 6 steps" in "".join(p.read_text() for p in (here / RANK_0).rglob("stderr.log"))
-    assert "finished 6 steps" in logs.stdout
+    theirs = "".join(path.read_text() for path in (here / RANK_0).rglob("stderr.log"))
+    assert "ended after step 6 of 6" in theirs
+    assert "ended after step 6 of 6" in logs.stdout
     there = next((cluster["node-3"].project / "real/logs/three").rglob("agent.log"))
     assert (here / "node-3/agent.log").read_bytes() == there.read_bytes()
     assert (here / "node-3/exit_code").read_text() == "0\n"
@@ -322,6 +322,62 @@ def test_a_bare_start_makes_the_demo_on_each_host_and_trains_it(cluster, tmp_pat
     one = losses_on_one_host(words, tmp_path, "demo", tmp_path)
     print("three hosts:", three, "one host:", one)
     assert three == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.drill
+def test_the_monitor_sees_the_run_move_and_a_stopped_rank_by_host_and_number(
+    cluster, tiny, corpus
+):
+    """The real trainer, started by launch.sh on three hosts, watched from one of them over ssh."""
+    cluster.copy_project("watched")
+    for host in cluster.hosts.values():
+        shutil.copytree(tiny, host.project / "watched/tiny")
+        shutil.copy(corpus, host.project / "watched/corpus.jsonl")
+        shutil.copy(ROOT / "top-cluster.py", host.project / "watched")
+    started = cluster.launch(
+        "watched", "--nproc-per-node", "1", "--name", "long", "--", "--model-name", "tiny",
+        "--dataset-name", "corpus.jsonl", "--max-steps", "5000", "--num-epochs", "5000",
+        "--seq-length", "32", "--global-batch-size", "6", "--log-freq", "1", "--ckpt-freq", "4000",
+        OMP_NUM_THREADS="1",
+    )
+    assert started.returncode == 0, started.stderr
+    project = cluster.project / "watched"
+    monitor = subprocess.Popen(
+        cluster["node-2"].command(
+            "sh", "-c", f"cd {project} && exec {sys.executable} top-cluster.py --json hosts"
+        ),
+        stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], "HOME": str(cluster.home)},
+    )
+    samples = (json.loads(line) for line in monitor.stdout)
+    try:
+        steps = set()
+        for sample in samples:
+            steps.add((sample["training"] or {}).get("step"))
+            if sample["nodes_up"] == 3 and len(steps - {None, 0}) > 5:
+                break
+        rank = next(r for r in sample["training"]["ranks"] if r["row"] == "node-3")
+        assert not [alarm for alarm in sample["alarms"] if alarm["rule"] == "hang"]
+        cluster["node-3"].sh(f"kill -STOP {rank['pid']}")
+        stopped = time.monotonic()
+        hangs = []
+        for sample in samples:
+            hangs = [alarm for alarm in sample["alarms"] if alarm["rule"] == "hang"]
+            if hangs or time.monotonic() > stopped + 90:
+                break
+        seconds = time.monotonic() - stopped
+        cluster["node-3"].sh(f"kill -CONT {rank['pid']}")
+        print(f"hang alarm after {seconds:.1f} s: {hangs}")
+        assert seconds < 60
+        assert any(f"rank {rank['rank']}" in json.dumps(h) and "node-3" in json.dumps(h)
+                   for h in hangs)
+    finally:
+        monitor.kill()
+        stop = cluster.launch("watched", "stop", "--name", "long")
+        assert stop.returncode == 0, stop.stdout + stop.stderr
+    assert "no process" in stop.stdout
+    found = cluster[RANK_0].sh(f"ls {project}/outputs/long/checkpoints")
+    assert found.startswith("step-"), "the stop let it save"
 
 
 # --- What a check finds ----------------------------------------------------------------------
