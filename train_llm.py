@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = prepare_rows(args, processes)
     steps = planned_steps(args, rows)
     log.info(describe(args, model, rows, processes))
-    folder = make_run_folder(args, processes)
+    folder = make_run_folder(args, rows, processes)
     heart = Heart(folder, steps, processes)
     state = begin_or_resume(model, folder, args, processes)
     saver = Saver(folder, args, processes, state.step)
@@ -1089,12 +1089,21 @@ class Heart:
         os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
 
 
-def make_run_folder(args: argparse.Namespace, processes: Processes) -> Path:
-    """SAVE_DIR/EXPERIMENT, on rank 0 with args.json and versions.json in it."""
+def make_run_folder(args: argparse.Namespace, rows: Rows, processes: Processes) -> Path:
+    """SAVE_DIR/EXPERIMENT, on rank 0 with args.json and versions.json in it.
+
+    Raises InputError if a run to resume was begun with other rows under the same options.
+    """
     folder = args.save_dir / args.experiment_name
     folder.mkdir(parents=True, exist_ok=True)
     if processes.rank == 0:
-        write_json(folder / "args.json", as_json(vars(args)))
+        digest, old = rows.meta["sha256"]["tokens.bin"], folder / "args.json"
+        resumes = list(folder.glob("checkpoints/*/.metadata")) and not args.allow_changes
+        if resumes and json.loads(old.read_text()).get("rows_sha256", digest) != digest:
+            raise InputError(f"{args.dataset_name} or the tokenizer changed since {folder} was"
+                             " begun, and makes other rows; restore it, give another"
+                             " --experiment-name, or --allow-changes")
+        write_json(old, as_json(vars(args)) | {"rows_sha256": digest})
         write_json(folder / "versions.json", versions(processes))
     return folder
 

@@ -3,7 +3,8 @@
 A host has its own network address, hostname, processes, home, /etc/hosts and copy of the project,
 and runs its own sshd on port 22; the three are joined by a bridge in a fourth network namespace, so
 this machine's own network is not touched. It needs root. Starting and stopping them takes a second;
-torch is imported once a host and look, which is what makes these tests slow.
+torch is imported once a host and look, which is what makes these tests slow: those marked as drills
+run by hand, `python -m pytest tests/test_launch_hosts.py -m drill` (about five minutes).
 """
 
 import contextlib
@@ -419,6 +420,7 @@ def test_check_lists_every_failure_of_every_host_at_once_and_starts_nothing(clus
     assert not any(cluster.carriers("TRAIN_LLM_RUN_ID=ill").values())
 
 
+@pytest.mark.drill
 def test_a_host_that_hangs_after_connecting_is_named_in_time(cluster):
     with cluster["node-3"].on_login("sleep 600\n"):
         began = time.monotonic()
@@ -431,6 +433,7 @@ def test_a_host_that_hangs_after_connecting_is_named_in_time(cluster):
     cluster["node-3"].sh("pkill -x sleep")
 
 
+@pytest.mark.drill
 def test_a_port_that_another_host_cannot_reach_is_found(cluster):
     # the rendezvous host answers ssh, but its other ports are closed to node-3
     closed = f"ip -n {cluster[RANK_0].namespace} route add blackhole 10.97.0.2/32"
@@ -443,6 +446,7 @@ def test_a_port_that_another_host_cannot_reach_is_found(cluster):
     assert "node-10: has no route to the rendezvous host 10.97.0.2" in check.stderr
 
 
+@pytest.mark.drill
 def test_an_option_that_the_trainer_refuses_is_told_once_for_all_hosts(cluster):
     trainer = "import sys; sys.stderr.write('no such option'); sys.exit(2)"
     cluster.copy_project("refusing", trainer=trainer)
@@ -455,6 +459,7 @@ def test_an_option_that_the_trainer_refuses_is_told_once_for_all_hosts(cluster):
 # --- All or none -------------------------------------------------------------------------------
 
 
+@pytest.mark.drill
 def test_if_one_host_cannot_start_the_others_are_stopped(cluster):
     for lost in ("logs/half", "logs/half/node-3"):
         path = cluster["node-3"].project / "stand-in" / lost
@@ -467,6 +472,7 @@ def test_if_one_host_cannot_start_the_others_are_stopped(cluster):
     assert cluster.carriers("TRAIN_LLM_RUN_ID=half") == {name: [] for name in ADDRESSES}
 
 
+@pytest.mark.drill
 def test_dry_run_shows_the_command_of_each_host_and_no_secret(cluster):
     words = ("--dry-run", "--name", "dry", "--env", "KEY=s3cret", *QUICK, "obey")
     shown = cluster.launch("stand-in", *words, HF_TOKEN="hf_s3cret")
@@ -554,6 +560,7 @@ def test_errors_tells_who_failed_first_from_who_only_lost_its_peers(cluster, bys
     assert started.returncode in (0, 1)  # it may fail within the start, or after it
 
 
+@pytest.mark.drill
 def test_the_logs_of_an_attempt_survive_a_restart(cluster, bystander):
     words = ("--name", "again", "--max-restarts", "1", *QUICK, "fail-once")
     started = cluster.launch("stand-in", *words)

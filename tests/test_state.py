@@ -126,6 +126,15 @@ def test_another_recipe_is_refused_by_name_unless_allowed(straight):
     assert json.loads((straight[0] / "allowed" / "args.json").read_text())["lr"] == 1e-3
 
 
+def test_other_rows_under_the_same_options_are_refused(straight):
+    folder = begun(straight, "rows-changed", 9)
+    args = json.loads((folder / "args.json").read_text())
+    assert len(args["rows_sha256"]) == 64
+    (folder / "args.json").write_text(json.dumps(args | {"rows_sha256": "0" * 64}))
+    with pytest.raises(train_llm.InputError, match="makes other rows; .*--allow-changes"):
+        in_process(straight, folder.name)
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(straight, tmp_path):
     folder = begun(straight, "other-model", 9)
     other = build_tiny_model(tmp_path / "other", intermediate_size=80)
