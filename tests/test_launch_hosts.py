@@ -496,6 +496,7 @@ def bystander(cluster):
     return cluster.carriers("TRAIN_LLM_RUN_ID=bystander")
 
 
+@pytest.mark.drill
 def test_a_secret_reaches_the_ranks_and_no_command_line_or_file(cluster, bystander):
     for name, host in cluster.hosts.items():
         folder = f"{cluster.project}/stand-in"
@@ -544,6 +545,7 @@ def test_stop_leaves_no_process_of_a_run_whose_agent_was_killed_and_no_other_is_
     assert cluster.carriers("TRAIN_LLM_RUN_ID=bystander") == bystander
 
 
+@pytest.mark.drill
 def test_errors_tells_who_failed_first_from_who_only_lost_its_peers(cluster, bystander):
     words = ("--name", "failing", *QUICK, "fail")
     started = cluster.launch("stand-in", *words)
