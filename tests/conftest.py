@@ -130,5 +130,16 @@ def options_of(**options) -> list[str]:
     return words
 
 
+def main_in_process(**options) -> None:
+    """The script's `main` on one rank, in this process: an import costs more than a tiny run."""
+    import train_llm
+
+    try:
+        train_llm.main(options_of(**options))
+    finally:
+        if train_llm.dist.is_initialized():
+            train_llm.dist.destroy_process_group()
+
+
 def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

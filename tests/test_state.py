@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, build_tiny_model, on_ranks, options_of, read_metrics
+from conftest import ROOT, build_tiny_model, main_in_process, on_ranks, options_of, read_metrics
 
 import train_llm
 
@@ -79,12 +79,7 @@ def test_a_run_resumes_on_another_number_of_ranks(ranks, straight):
 
 
 def in_process(straight, name: str, **changes) -> None:
-    try:
-        train_llm.main(options_of(
-            experiment_name=name, **straight[1] | {"batch_size": 6} | changes))
-    finally:
-        if train_llm.dist.is_initialized():
-            train_llm.dist.destroy_process_group()
+    main_in_process(experiment_name=name, **straight[1] | {"batch_size": 6} | changes)
 
 
 def test_damaged_checkpoints_are_told_and_the_newest_sound_one_is_used(straight, caplog):

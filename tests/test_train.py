@@ -13,6 +13,7 @@ import torch
 from conftest import (
     ROOT,
     build_tiny_model,
+    main_in_process,
     on_ranks,
     options_of,
     read_metrics,
@@ -27,15 +28,6 @@ import train_llm
 STEPS, BATCH, LENGTH, LR = 10, 6, 32, 3e-3
 RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR, warmup_steps=3,
               log_freq=1, seed=3)
-
-
-def main_in_process(**options) -> None:
-    """The script's `main` on one rank, in this process: an import costs more than a tiny run."""
-    try:
-        train_llm.main(options_of(**options))
-    finally:
-        if train_llm.dist.is_initialized():
-            train_llm.dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
