@@ -26,7 +26,6 @@ import math
 import os
 import platform
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +33,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -43,26 +41,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
     offload_wrapper,
 )
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint import planner as dcp_planner
-from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import checkpoints
 import download
+from checkpoints import clean, write_json
 from download import InputError
 
 log = logging.getLogger("train_llm")
@@ -193,7 +187,7 @@ def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise OptionError(f"cannot write to {folder}: {nearest} is no folder, or not writable;"
                           " choose another --save-dir")
-    if args.allow_changes or not list(folder.glob("checkpoints/*/.metadata")):
+    if args.allow_changes or not checkpoints.whole_checkpoints(folder):
         return
     begun_with, asked = json.loads((folder / "args.json").read_text()), as_json(vars(args))
     changed = [f"--{name.replace('_', '-')} was {begun_with[name]}, is {asked[name]}"
@@ -222,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_run_folder(args, rows, processes)
     heart = Heart(folder, steps, processes)
     state = begin_or_resume(model, folder, args, processes)
-    saver = Saver(folder, args, processes, state.step)
+    saver = checkpoints.Saver(folder, args, processes, state.step)
     meter = Meter(args, state, rows, folder / "metrics.jsonl", processes)
     stop = StopRequest(folder)
     heart.beat("training", state.step)
@@ -264,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     saver.finish()
     if state.step == steps and args.export_dtype != "none":
         heart.beat("exporting", state.step)
-        export_model(state.model, args, folder / "model", processes)
+        checkpoints.export_model(state.model, args, folder / "model", processes)
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
@@ -361,6 +355,40 @@ def while_others_wait(work: Callable, key: str, *, alone: bool, store: dist.Stor
         if store.get(key) != b"done":
             time.sleep(10)  # long enough for the one that failed to speak and be seen to fail
             sys.exit(1)
+
+
+class StopRequest:
+    """SIGTERM or SIGINT to any rank, or a file `stop-requested` in the run's folder.
+
+    All ranks must leave after the same step. So each adds its wish to the sum of the losses, which
+    is taken anyway, and reads that sum a step later, when it has long arrived: no host waits.
+    """
+
+    def __init__(self, folder: Path):
+        self.file, self.asked, self.sums = folder / "stop-requested", False, []
+        self.file.unlink(missing_ok=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "asked", True))
+
+    def sum_over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
+        """The sum of `loss`, a scalar, over all ranks; the wishes to stop travel with it."""
+        wish = torch.full_like(loss, float(self.asked or self.file.exists()))
+        both = torch.stack((loss, wish))
+        dist.all_reduce(both)
+        arrived = torch.cuda.Event() if both.is_cuda else None
+        self.sums = [*self.sums[-1:], (both[1].to("cpu", non_blocking=True), arrived)]
+        if arrived:
+            arrived.record()
+        return both[0]
+
+    def agreed(self) -> bool:
+        """Whether some rank wished to stop before the last step; the same on every rank."""
+        if len(self.sums) < 2:
+            return False
+        wishes, arrived = self.sums[0]
+        if arrived:
+            arrived.synchronize()
+        return wishes.item() > 0
 
 
 # --- 4. Model -------------------------------------------------------------------------------
@@ -564,13 +592,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def clean(name: str) -> str:
-    """A parameter's name without the parts that wrappers added: the name in the model's files."""
-    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(part, "")
-    return name
-
-
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
@@ -758,11 +779,7 @@ def lr_factor(step: int, *, warmup: int, steps: int, floor: float) -> float:
 
 # --- 7. State -------------------------------------------------------------------------------
 # A run of weeks dies often. What must outlive it is the list in `TrainState`; everything else is a
-# function of the step. A checkpoint is a new folder, whole once its last file, `.metadata`, is
-# renamed into place, and then the older ones go. FSDP keeps each unit's parameters behind each
-# other in one flat tensor, cut evenly over the ranks, so a rank's part of a parameter is a slice of
-# it, flattened: slices are what is saved. Nothing is gathered, and any number of ranks reads them
-# back. Cost: 12 bytes a parameter on disk, twice that while two checkpoints are kept.
+# function of the step. How it is written, found and read back is checkpoints.py's story.
 
 
 @dataclass
@@ -783,10 +800,10 @@ class TrainState:
         held = getattr(self.optimizer, "found_inf", torch.zeros_like(bad))
         self.optimizer.found_inf = torch.maximum(held, bad)
 
-    def slices(self) -> dict[str, "Slice"]:
+    def slices(self) -> dict[str, checkpoints.Slice]:
         """This rank's part of every weight and moment, by name; live, so loading fills them."""
         found = {}
-        for name, parameter, start in own_slices(self.model):
+        for name, parameter, start in checkpoints.own_slices(self.model):
             moments = self.optimizer.state[parameter]
             if not moments:  # no step yet: made as AdamW would make them
                 moments["step"] = torch.zeros((), device=parameter.device)
@@ -795,7 +812,7 @@ class TrainState:
             whole = math.prod(self.model.shapes[name])
             tensors = {"model": parameter.detach(), **{k: moments[k] for k in MOMENTS}}
             for kind, tensor in tensors.items():
-                found[f"{kind}.{name}"] = Slice(tensor.flatten(), start, whole)
+                found[f"{kind}.{name}"] = checkpoints.Slice(tensor.flatten(), start, whole)
         return found
 
     def set_step(self, step: int) -> None:
@@ -807,373 +824,20 @@ class TrainState:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def own_slices(model: FSDP) -> Iterator[tuple[str, nn.Parameter, int]]:
-    """(name, this rank's part, its first element's place in the flattened parameter) of each.
-
-    FSDP tells this nowhere in public: `_shard_param_infos` of a flat parameter (torch 2.11, 2.13).
-    """
-    names = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
-    for unit in FSDP.fsdp_modules(model):
-        if unit._handle is not None:
-            flat = unit._handle.flat_param
-            for parameter, info in zip(flat._params, flat._shard_param_infos, strict=True):
-                if info.in_shard:
-                    yield names[id(parameter)], parameter, info.intra_param_start_idx
-
-
-@dataclass
-class Slice:
-    """Elements [start, start + len(tensor)) of a flattened tensor of `whole` elements.
-
-    The two methods are what torch.distributed.checkpoint asks of anything that is neither Tensor
-    nor DTensor, to plan what to write and read; the planners below then find the tensor.
-    """
-
-    tensor: torch.Tensor
-    start: int
-    whole: int
-
-    def __create_chunk_list__(self) -> list:
-        start = torch.Size([self.start])
-        return [dcp_metadata.ChunkStorageMetadata(start, self.tensor.size())]
-
-    def __create_write_items__(self, name: str, _: object) -> list:
-        data = dcp_planner.TensorWriteData(
-            chunk=self.__create_chunk_list__()[0], size=torch.Size([self.whole]),
-            properties=dcp_metadata.TensorProperties.create_from_tensor(self.tensor),
-        )
-        index = dcp_metadata.MetadataIndex(name, torch.Size([self.start]))
-        kind = dcp_planner.WriteItemType.SHARD
-        return [dcp_planner.WriteItem(index=index, type=kind, tensor_data=data)]
-
-
-class SliceWriter(dcp.DefaultSavePlanner):
-    def lookup_object(self, index: dcp_metadata.MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn].tensor
-
-
-class SliceReader(dcp.DefaultLoadPlanner):
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
-        # The default one turns what it does not know into None.
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def lookup_tensor(self, index: dcp_metadata.MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn].tensor
-
-
-class Saver:
-    """Writes checkpoints/step-NNNNNNNN and drops all but the newest --keep-checkpoints.
-
-    With --async-checkpoint on, the slices are copied to host memory, and a process of their own
-    (a thread would hold back the step's) writes them while training goes on. One save is in flight
-    at most. A save that fails is reported, and training goes on.
-    """
-
-    def __init__(self, folder: Path, args: argparse.Namespace, processes: Processes, step: int):
-        self.folder, self.args, self.processes = folder / "checkpoints", args, processes
-        self.saved_step, self.in_flight = step, None
-        self.stager = SliceStager()
-
-    def is_due(self, step: int) -> bool:
-        return self.args.ckpt_freq > 0 and step % self.args.ckpt_freq == 0
-
-    def save(self, state: TrainState, heart: "Heart") -> None:
-        self.finish()
-        if not self.args.ckpt_freq or state.step == self.saved_step:
-            return
-        heart.beat("saving", state.step)
-        target = self.folder / f"step-{state.step:08}"
-        if self.processes.local_rank == 0:  # what a run that died half way may have left
-            shutil.rmtree(target, ignore_errors=True)
-        dist.barrier()
-        about = {"step": state.step, "shapes": state.model.shapes}
-        what = dict(state_dict=state.slices(), storage_writer=CheckedWriter(target, about),
-                    planner=SliceWriter())
-        self.saved_step = state.step
-        if self.args.async_checkpoint == "on":
-            self.in_flight = dcp.async_save(
-                **what, async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-                async_stager=self.stager,
-            )
-        else:
-            self.in_flight = Future()
-            try:
-                self.in_flight.set_result(dcp.save(**what))
-            except dcp.CheckpointException as error:
-                self.in_flight.set_exception(error)
-            self.finish()
-
-    def finish(self) -> None:
-        """Wait for the save in flight, then make room. Sets `saved_step` back if it failed."""
-        if self.in_flight is None:
-            return
-        try:
-            self.in_flight.result()
-        except (Exception, dcp.CheckpointException) as error:  # which is no Exception
-            log.error("the checkpoint of step %d was not written (%s; %.1f GiB free in %s);"
-                      " training goes on", self.saved_step, str(error).strip().splitlines()[-1],
-                      shutil.disk_usage(self.folder).free / 2**30, self.folder)
-            if self.processes.local_rank == 0:
-                shutil.rmtree(self.folder / f"step-{self.saved_step:08}", ignore_errors=True)
-            self.saved_step = None
-        self.in_flight = None
-        whole = [sorted(path.parent.name for path in self.folder.glob("step-*/.metadata"))]
-        dist.broadcast_object_list(whole, src=0, device=torch.device("cpu"))  # only there for sure
-        if self.processes.local_rank == 0 and self.saved_step:
-            for old in sorted(self.folder.glob("step-*")):
-                if old.name not in whole[0][-self.args.keep_checkpoints :]:
-                    (old / ".metadata").unlink(missing_ok=True)  # first: half gone, it is none
-                    shutil.rmtree(old, ignore_errors=True)
-
-
-class SliceStager(AsyncStager):
-    """Copies slices into one slab of host memory, shared with the writing process and used again.
-
-    One slab, because each shared tensor costs a file descriptor, and each pinned one a slow call.
-    """
-
-    _synchronize_after_execute = False  # the copies are done when `stage` returns
-    slab: torch.Tensor | None = None
-
-    def stage(self, slices: dict[str, Slice], **_: object) -> dict[str, Slice]:
-        sizes = [part.tensor.numel() for part in slices.values()]
-        on_gpu = any(part.tensor.is_cuda for part in slices.values())
-        if self.slab is None:
-            self.slab = torch.empty(sum(sizes)).share_memory_()
-            if on_gpu:
-                torch.cuda.cudart().cudaHostRegister(self.slab.data_ptr(), self.slab.nbytes, 0)
-        staged = dict(zip(slices, self.slab.split(sizes), strict=True))
-        for name, part in slices.items():
-            staged[name].copy_(part.tensor, non_blocking=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return {name: replace(part, tensor=staged[name]) for name, part in slices.items()}
-
-    def synchronize_staging(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class CheckedWriter(dcp.FileSystemWriter):
-    """Writes a CRC-32 beside each file, and `about.json`, before `.metadata` makes it whole."""
-
-    def __init__(self, folder: Path, about: dict):
-        super().__init__(folder)
-        self.about = about
-
-    def write_data(self, plan, planner):
-        written = super().write_data(plan, planner)
-        for name in {result.storage_data.relative_path for result in written.value()}:
-            write_json(Path(self.path, f"{name}.json"), {"crc32": crc32(Path(self.path, name))})
-        return written
-
-    def finish(self, metadata, results) -> None:  # on rank 0
-        write_json(Path(self.path, "about.json"), self.about)
-        super().finish(metadata, results)
-
-
-def crc32(path: Path) -> int:
-    found = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            found = zlib.crc32(block, found)
-    return found
-
-
 def begin_or_resume(
     model: nn.Module, folder: Path, args: argparse.Namespace, processes: Processes
 ) -> TrainState:
     """The state of the newest sound checkpoint of the run; without one, the pretrained weights."""
-    found = [find_checkpoints(folder) if processes.rank == 0 else None]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    source = None if found[0] else load_weights(args, processes)
+    found = checkpoints.find_checkpoints(folder)
+    source = None if found else load_weights(args, processes)
     sharded = shard(model, source, args, processes)
     state = TrainState(sharded, build_optimizer(sharded, args))
-    for checkpoint, about, files in found[0]:
-        check_same_model(checkpoint, about["shapes"], sharded.shapes)
-        broken = broken_files(checkpoint, files, processes)
-        if not broken:
-            planner = SliceReader(flatten_state_dict=False)
-            dcp.load(state.slices(), checkpoint_id=checkpoint, planner=planner)
-            state.set_step(about["step"])
-            log.info("resumed from %s", checkpoint)
-            return state
-        log.warning("%s is not used: %s", checkpoint, "; ".join(broken))
-    if found[0]:
-        raise InputError(f"no checkpoint in {folder / 'checkpoints'} is sound (see above); restore"
-                         " its files, or move the folder away to begin again")
+    if found:
+        checkpoints.load_newest(found, state, processes)
     return state
 
 
-def find_checkpoints(folder: Path) -> list[tuple[Path, dict, list[str]]]:
-    """(folder, its about.json, names of its files) of the run's whole checkpoints, newest first."""
-    found = []
-    for path in sorted(folder.glob("checkpoints/step-*/.metadata"), reverse=True):
-        storage = dcp.FileSystemReader(path.parent).read_metadata().storage_data
-        about = json.loads((path.parent / "about.json").read_text())
-        found.append((path.parent, about, sorted({i.relative_path for i in storage.values()})))
-    return found
-
-
-def check_same_model(checkpoint: Path, theirs: dict, ours: dict) -> None:
-    """Raises InputError, with the first name and shape that differ."""
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            raise InputError(f"{checkpoint} is of another model: {name} is {theirs.get(name)} there"
-                             f" and {ours.get(name)} here; choose another --experiment-name")
-
-
-def broken_files(checkpoint: Path, names: list[str], processes: Processes) -> list[str]:
-    """What is wrong with the files of a checkpoint; the ranks check them side by side."""
-    problems = []
-    for name in names[processes.rank :: processes.world_size]:
-        file, note = checkpoint / name, checkpoint / f"{name}.json"
-        if not (file.exists() and note.exists()):
-            problems.append(f"{name} is missing on {platform.node()}")
-        elif json.loads(note.read_text())["crc32"] != crc32(file):
-            problems.append(f"{name} has not the checksum it was written with")
-    gathered = [None] * processes.world_size
-    dist.all_gather_object(gathered, problems)
-    return sum(gathered, [])
-
-
-class StopRequest:
-    """SIGTERM or SIGINT to any rank, or a file `stop-requested` in the run's folder.
-
-    All ranks must leave after the same step. So each adds its wish to the sum of the losses, which
-    is taken anyway, and reads that sum a step later, when it has long arrived: no host waits.
-    """
-
-    def __init__(self, folder: Path):
-        self.file, self.asked, self.sums = folder / "stop-requested", False, []
-        self.file.unlink(missing_ok=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "asked", True))
-
-    def sum_over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
-        """The sum of `loss`, a scalar, over all ranks; the wishes to stop travel with it."""
-        wish = torch.full_like(loss, float(self.asked or self.file.exists()))
-        both = torch.stack((loss, wish))
-        dist.all_reduce(both)
-        arrived = torch.cuda.Event() if both.is_cuda else None
-        self.sums = [*self.sums[-1:], (both[1].to("cpu", non_blocking=True), arrived)]
-        if arrived:
-            arrived.record()
-        return both[0]
-
-    def agreed(self) -> bool:
-        """Whether some rank wished to stop before the last step; the same on every rank."""
-        if len(self.sums) < 2:
-            return False
-        wishes, arrived = self.sums[0]
-        if arrived:
-            arrived.synchronize()
-        return wishes.item() > 0
-
-
-class Heart:
-    """A small file a rank, rewritten in place: what it does, and how far it is, for a monitor."""
-
-    def __init__(self, folder: Path, steps: int, processes: Processes):
-        path = folder / "heartbeats" / f"rank-{processes.rank:05}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("wb", buffering=0)
-        self.fixed = dict(rank=processes.rank, local_rank=processes.local_rank, pid=os.getpid(),
-                          world_size=processes.world_size, host=platform.node(), steps=steps)
-        self.beat("loading", 0)
-
-    def beat(self, phase: str, step: int) -> None:
-        row = json.dumps(self.fixed | dict(phase=phase, step=step, time=time.time()))
-        os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
-
-
-def make_run_folder(args: argparse.Namespace, rows: Rows, processes: Processes) -> Path:
-    """SAVE_DIR/EXPERIMENT, on rank 0 with args.json and versions.json in it.
-
-    Raises InputError if a run to resume was begun with other rows under the same options.
-    """
-    folder = args.save_dir / args.experiment_name
-    folder.mkdir(parents=True, exist_ok=True)
-    if processes.rank == 0:
-        digest, old = rows.meta["sha256"]["tokens.bin"], folder / "args.json"
-        resumes = list(folder.glob("checkpoints/*/.metadata")) and not args.allow_changes
-        if resumes and json.loads(old.read_text()).get("rows_sha256", digest) != digest:
-            raise InputError(f"{args.dataset_name} or the tokenizer changed since {folder} was"
-                             " begun, and makes other rows; restore it, give another"
-                             " --experiment-name, or --allow-changes")
-        write_json(old, as_json(vars(args)) | {"rows_sha256": digest})
-        write_json(folder / "versions.json", versions(processes))
-    return folder
-
-
-def as_json(options: dict) -> dict:
-    return {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
-
-
-def export_model(model: FSDP, args: argparse.Namespace, folder: Path, processes: Processes) -> None:
-    """Write the weights as Hugging Face safetensors, with config and tokenizer, into `folder`."""
-    dtype = getattr(torch, args.export_dtype)
-    half_made = folder.with_name(f".{folder.name}.half-made")
-    if processes.rank == 0:
-        shutil.rmtree(half_made, ignore_errors=True)
-        half_made.mkdir()
-    units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FSDP)]
-    files = {}
-    for i, (unit_name, unit) in enumerate(units, start=1):
-        with FSDP.summon_full_params(unit, recurse=False, writeback=False):  # a collective
-            if processes.rank == 0:
-                file = f"model-{i:05}-of-{len(units):05}.safetensors"
-                tensors = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous()
-                           for name, tensor in own_tensors(unit_name, unit, model.tensor_names)}
-                save_file(tensors, half_made / file, metadata={"format": "pt"})
-                files |= dict.fromkeys(tensors, file)
-    if processes.rank == 0:
-        index = {"metadata": {}, "weight_map": files}
-        write_json(half_made / "model.safetensors.index.json", index)
-        config = model.module.config
-        config.dtype, config.architectures = dtype, [type(model.module).__name__]
-        config.save_pretrained(half_made)
-        with contextlib.suppress(OSError):  # many models have none
-            GenerationConfig.from_pretrained(args.model_name).save_pretrained(half_made)
-        AutoTokenizer.from_pretrained(args.model_name).save_pretrained(half_made)
-        shutil.rmtree(folder, ignore_errors=True)
-        half_made.rename(folder)
-
-
-def own_tensors(
-    unit_name: str, unit: FSDP, wanted: set[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of what lies in `unit` and in no unit inside it; tied tensors come once."""
-    inner = [module for module in FSDP.fsdp_modules(unit) if module is not unit]
-    others = {id(t) for module in inner for t in (*module.parameters(), *module.buffers())}
-    for name, tensor in (*unit.named_parameters(), *unit.named_buffers()):
-        name = clean(f"{unit_name}.{name}".lstrip("."))
-        if id(tensor) not in others and name in wanted:
-            yield name, tensor
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def versions(processes: Processes) -> dict:
-    """What this run is made of, for whoever has to explain its numbers a year from now."""
-    packages = {"torch", "transformers", "datasets", "huggingface_hub", "tqdm", "flash-attn"}
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    on_gpu = processes.device.type == "cuda"
-    return {name: installed.get(name) for name in sorted(packages)} | {
-        "python": platform.python_version(), "cuda": torch.version.cuda if on_gpu else None,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine() + " cpu",
-        "world_size": processes.world_size,
-        "train_llm_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-# --- 8. Measures ----------------------------------------------------------------------------
+# --- 8. Record ------------------------------------------------------------------------------
 # Reading a number from a GPU makes the host wait for all that was issued before. So the meter keeps
 # losses and norms on the device, and reads them together, once every --log-freq steps, on every
 # rank; there a value that is not finite stops all of them at once. Rank 0 writes the row.
@@ -1293,6 +957,61 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class Heart:
+    """A small file a rank, rewritten in place: what it does, and how far it is, for a monitor."""
+
+    def __init__(self, folder: Path, steps: int, processes: Processes):
+        path = folder / "heartbeats" / f"rank-{processes.rank:05}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("wb", buffering=0)
+        self.fixed = dict(rank=processes.rank, local_rank=processes.local_rank, pid=os.getpid(),
+                          world_size=processes.world_size, host=platform.node(), steps=steps)
+        self.beat("loading", 0)
+
+    def beat(self, phase: str, step: int) -> None:
+        row = json.dumps(self.fixed | dict(phase=phase, step=step, time=time.time()))
+        os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
+
+
+def make_run_folder(args: argparse.Namespace, rows: Rows, processes: Processes) -> Path:
+    """SAVE_DIR/EXPERIMENT, on rank 0 with args.json and versions.json in it.
+
+    Raises InputError if a run to resume was begun with other rows under the same options.
+    """
+    folder = args.save_dir / args.experiment_name
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes.rank == 0:
+        digest, old = rows.meta["sha256"]["tokens.bin"], folder / "args.json"
+        resumes = checkpoints.whole_checkpoints(folder) and not args.allow_changes
+        if resumes and json.loads(old.read_text()).get("rows_sha256", digest) != digest:
+            raise InputError(f"{args.dataset_name} or the tokenizer changed since {folder} was"
+                             " begun, and makes other rows; restore it, give another"
+                             " --experiment-name, or --allow-changes")
+        write_json(old, as_json(vars(args)) | {"rows_sha256": digest})
+        write_json(folder / "versions.json", versions(processes))
+    return folder
+
+
+def as_json(options: dict) -> dict:
+    return {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
+
+
+def versions(processes: Processes) -> dict:
+    """What this run is made of, for whoever has to explain its numbers a year from now."""
+    packages = {"torch", "transformers", "datasets", "huggingface_hub", "tqdm", "flash-attn"}
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    on_gpu = processes.device.type == "cuda"
+    return {name: installed.get(name) for name in sorted(packages)} | {
+        "python": platform.python_version(), "cuda": torch.version.cuda if on_gpu else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine() + " cpu",
+        "world_size": processes.world_size,
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                   for path in sorted(HERE.glob("*.py"))},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 if __name__ == "__mp_main__":  # in the process that writes checkpoints
