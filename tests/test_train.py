@@ -35,7 +35,8 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     """Every training run of this file, in three starts of torchrun; {name: its folder}."""
     folder = tmp_path_factory.mktemp("runs")
     models = {"llama": tiny} | {
-        kind: build_tiny_model(folder / kind, kind) for kind in ("qwen3", "gemma", "gemma2", "mistral")
+        kind: build_tiny_model(folder / kind, kind)
+        for kind in ("qwen3", "gemma", "gemma2", "mistral")
     }
     models["dropout"] = build_tiny_model(folder / "dropout-model", attention_dropout=0.3)
     for model in models.values():  # in this process: the script would start one for each
