@@ -39,7 +39,8 @@ def fastest_attention(config, *, document_mask: bool) -> str:
         return "flash_attention_3"
     if getattr(config, "attn_logit_softcapping", None):  # sdpa and varlen have no soft cap
         return "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "eager"
-    if not (on_gpu and document_mask):  # without a mask, cuDNN's through sdpa is the fastest
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not (on_gpu and document_mask) or width % 8 or width > 256:  # what flash attention takes
         return "sdpa"
     return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
 

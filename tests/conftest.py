@@ -98,7 +98,9 @@ def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedPr
     )
 
 
-def torchrun(ranks: int, script: str, *options, **env) -> subprocess.CompletedProcess:
+def torchrun(
+    ranks: int, script: str, *options, timeout: float = 300, **env
+) -> subprocess.CompletedProcess:
     """A script of the project under torchrun, on one node."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -106,15 +108,15 @@ def torchrun(ranks: int, script: str, *options, **env) -> subprocess.CompletedPr
     return run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
          "--master-addr", "127.0.0.1", "--master-port", port, script, *options],
-        timeout=300, **env,
+        timeout=timeout, **env,
     )
 
 
-def on_ranks(ranks: int, jobs: list[dict], folder: Path) -> None:
+def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300) -> None:
     """Run the jobs of tests/on_ranks.py, all in one start of `ranks` processes."""
     file = folder / f"jobs-{ranks}.json"
     file.write_text(json.dumps(jobs))
-    done = torchrun(ranks, "tests/on_ranks.py", file)
+    done = torchrun(ranks, "tests/on_ranks.py", file, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,11 +2,13 @@
 
     torchrun ... tests/on_ranks.py JOBS.json
 
-A job is {"do": "train", "argv": [...]}, the script's own `main`, or {"do": "compare", "argv": ...,
+A job is {"do": "train", "argv": [...]}, the script's own `main` (with "no_sync": true, waiting for
+the GPU within a step, after the second, is an error), or {"do": "compare", "argv": ...,
 "out": PATH}: shard a model as the script does, gather every tensor again, and write to PATH.RANK
 which of them are not bit for bit those of `from_pretrained`.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -40,6 +42,26 @@ def compare(argv: list[str], out: str) -> None:
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def forbid_syncs():
+    """From the third step on, until a row is written, PyTorch raises where it waits for a GPU."""
+    begin_step, write_row = train_llm.Meter.begin_step, train_llm.Meter.write_row
+
+    def strict_begin(self, step):
+        begin_step(self, step)
+        torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+
+    def lenient_row(self, state):
+        torch.cuda.set_sync_debug_mode("default")
+        write_row(self, state)
+
+    train_llm.Meter.begin_step, train_llm.Meter.write_row = strict_begin, lenient_row
+    try:
+        yield
+    finally:
+        train_llm.Meter.begin_step, train_llm.Meter.write_row = begin_step, write_row
+
+
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
     port = int(os.environ["MASTER_PORT"])
@@ -48,7 +70,9 @@ if __name__ == "__main__":
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(port + i)
         if job["do"] == "train":
-            train_llm.main(job["argv"])
+            with forbid_syncs() if job.get("no_sync") else contextlib.nullcontext():
+                train_llm.main(job["argv"])
+            torch.compiler.reset()
             gc.collect()  # a model is full of cycles; the next job measures its own memory
             torch.cuda.empty_cache()
             torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
