@@ -51,7 +51,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoints
 import download
-import kernels
+import layers
 from checkpoints import clean, write_json
 from download import InputError
 
@@ -435,7 +435,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         )
     attention = args.attn_implementation
     if attention == "auto":
-        attention = kernels.fastest_attention(
+        attention = layers.fastest_attention(
             config.get_text_config(), document_mask=args.document_mask
         )
     elif attention == "varlen" and not torch.cuda.is_available():
@@ -451,8 +451,8 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             " install what is missing, or use sdpa"
         ) from None
     positions = "position_ids" in inspect.signature(model.forward).parameters
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    unmasked = {kind for kind in layers if not kind.endswith("attention") or "linear" in kind}
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    unmasked = {kind for kind in kinds if not kind.endswith("attention") or "linear" in kind}
     if args.document_mask and (not positions or unmasked):
         why = f"has {', '.join(sorted(unmasked))} layers" if unmasked else "takes no position_ids"
         raise InputError(
@@ -460,8 +460,8 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             " accept that with --no-document-mask"
         )
     if args.float8 != "off":
-        kernels.in_float8(model, args.float8)
-    model.forward = kernels.build_forward(
+        layers.in_float8(model, args.float8)
+    model.forward = layers.build_forward(
         model, chunk=args.loss_chunk, document_mask=args.document_mask
     )
     return model.train()
@@ -533,7 +533,7 @@ def shard(
         limit_all_gathers=args.limit_all_gathers,
     )
     # After FSDP: inside out, saved optimizer state would no longer find its parameters.
-    kernels.recompute_or_compile(sharded, tuple(layer_classes), args)
+    layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     check_filled(sharded)
     for name, fact in facts.items():
         setattr(sharded, name, fact)

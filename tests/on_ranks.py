@@ -70,6 +70,7 @@ if __name__ == "__main__":
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(port + i)
         if job["do"] == "train":
+            print("job", *job["argv"][:2], file=sys.stderr, flush=True)
             with forbid_syncs() if job.get("no_sync") else contextlib.nullcontext():
                 train_llm.main(job["argv"])
             torch.compiler.reset()

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from conftest import build_tokenizer, on_ranks, options_of, read_metrics
 
-import kernels
+import layers
 
 STEPS, LOG_FREQ, WARMUP_ROWS = 14, 2, 2
 WIDTHS = {
@@ -162,7 +162,7 @@ def time_layer(*, seq_length: int, compiled: bool, float8: str = "off") -> float
         torch.set_default_dtype(torch.float32)
         if float8 != "off":
             layer.get_output_embeddings = lambda: None
-            kernels.in_float8(layer, float8)
+            layers.in_float8(layer, float8)
         layer = checkpoint_wrapper(layer)
         if compiled:
             layer.compile()
@@ -226,7 +226,7 @@ def time_attention(heads: int, length: int, documents: int) -> dict:
         return F.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask)
 
     def varlen() -> torch.Tensor:
-        return kernels.varlen_attention(None, q, k, v, None, cu_seq_lens_q=cuts,
+        return layers.varlen_attention(None, q, k, v, None, cu_seq_lens_q=cuts,
                                         max_length_q=length)[0]
 
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,

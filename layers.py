@@ -57,6 +57,11 @@ def varlen_attention(
     if dropout or extra.get("softcap") is not None or extra.get("s_aux") is not None:
         raise InputError(f"{type(module).__name__} has dropout, a soft cap or sinks, which"
                          " --attn-implementation varlen cannot do; use sdpa or eager")
+    if cu_seq_lens_q.numel() == 2 and sliding_window is None:  # one row, one document
+        groups = dict(enable_gqa=query.shape[1] != key.shape[1])
+        found = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, **groups)
+        return found.transpose(1, 2), None  # cuDNN's kernel: 480 TFLOP/s here, 264 with the other
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # (-1, 0): causal
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     found = varlen_attn(*flat, *[cu_seq_lens_q] * 2, *[max_length_q] * 2, scale=scaling,
