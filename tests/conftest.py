@@ -117,7 +117,7 @@ def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300
     file = folder / f"jobs-{ranks}.json"
     file.write_text(json.dumps(jobs))
     done = torchrun(ranks, "tests/on_ranks.py", file, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-30000:]
 
 
 def options_of(**options) -> list[str]:

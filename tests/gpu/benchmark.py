@@ -1,15 +1,15 @@
 """What every fit-and-speed option costs, and how fast large models train, on this node's GPUs.
 
-    python tests/gpu/benchmark.py [options 8b 405b kernels] [--out FOLDER]
+    python tests/gpu/benchmark.py [attention options 8b 405b] [--out FOLDER]
 
 Everything runs through the script itself, with random weights and real text:
 
+    attention attention alone, by kernel, on rows of one document and of eight
     options   8 layers as wide as Llama 3.1 8B's, 4,096 tokens; each case differs from the first in
               the option named; the first is run again at the end: the difference is the noise
     8b        Llama 3.1 8B at full depth, 8,192 tokens, bfloat16 and float8, by recomputation
     405b      two and three layers as wide as 405B's: their difference is the cost of one layer,
               held against the same layer on one GPU without any sharding, timed in the same run
-    kernels   attention alone, on whole rows and on rows of documents
 
 A figure is the median of five pairs of steps after the first four steps. Tables go to standard
 output as Markdown and into FOLDER/benchmark.json.
@@ -18,6 +18,7 @@ output as Markdown and into FOLDER/benchmark.json.
 import argparse
 import contextlib
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -94,6 +95,12 @@ def write_text(path: Path, megabytes: int) -> Path:
     return path
 
 
+def failure(error: Exception) -> str:
+    """The lines of a failed start that say what failed, without those of the traceback."""
+    lines = [line for line in str(error).splitlines() if "File \"" not in line]
+    return "\n".join(line for line in lines if re.search(r"Error|error:|^job|Unsupported", line))
+
+
 class Bench:
     """Runs cases through the script and keeps their medians."""
 
@@ -123,7 +130,7 @@ class Bench:
             try:
                 on_ranks(gpus, [jobs[name] for name in group], self.folder, timeout=400)
             except (AssertionError, subprocess.TimeoutExpired) as error:
-                print(f"FAILED {table} {group}: {str(error)[-1500:]}", flush=True)
+                print(f"FAILED {table} {group}: {failure(error)}", flush=True)
             seconds = time.perf_counter() - started
             print(f"# {table}: {len(group)} cases in {seconds:.0f} s", flush=True)
         rows = self.tables.setdefault(table, {})
@@ -184,11 +191,11 @@ def bench_405b(bench: Bench) -> None:
              "float8 tensorwise": dict(compile=True, float8="tensorwise"),
              "float8 rowwise": dict(compile=True, float8="rowwise")}
     for seq_length in (4096, 8192):
-        for layers in (2, 3):
-            bench.run(f"405B-wide, {layers} layers, {seq_length} tokens", kinds, width="405b",
-                      layers=layers, seq_length=seq_length, vocabulary=8192)
-        two, three = (bench.tables[f"405B-wide, {layers} layers, {seq_length} tokens"]
-                      for layers in (2, 3))
+        for depth in (2, 3):
+            bench.run(f"405B-wide, {depth} layers, {seq_length} tokens", kinds, width="405b",
+                      layers=depth, seq_length=seq_length, vocabulary=8192)
+        two, three = (bench.tables[f"405B-wide, {depth} layers, {seq_length} tokens"]
+                      for depth in (2, 3))
         table = bench.tables[f"one 405B layer, {seq_length} tokens"] = {}
         print(f"| one 405B layer, {seq_length} tokens | ms | forward and backward | update |"
               " unsharded ms | ratio |\n|" + "---|" * 6)
@@ -259,14 +266,14 @@ def median_seconds(work) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("suites", nargs="*", default=["kernels", "options", "8b", "405b"])
+    parser.add_argument("suites", nargs="*", default=["attention", "options", "8b", "405b"])
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="ranks")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of benchmark.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), args.gpus)
         for suite in args.suites:
-            if suite == "kernels":
+            if suite == "attention":
                 for shape in ((32, 8192, 1), (32, 8192, 8), (128, 4096, 1), (128, 4096, 8)):
                     name = "{} heads, {} tokens, {} documents".format(*shape)
                     bench.tables[name] = time_attention(*shape)

@@ -2,10 +2,10 @@
 
     python tests/gpu/compare_guide.py GUIDE_SCRIPT [--layers 4] [--turns 2] [--out FOLDER]
 
-GUIDE_SCRIPT is 05-training-llama-405b/train_llm.py of LambdaLabsML/distributed-training-guide. It is
-mended only as far as it needs to start and to end here; MENDS lists every change. Each turn runs the
-guide's script and then ours, with torch.compile and activation checkpointing in both, on layers as
-wide as Llama 3.1 8B's with random weights. Also printed: the share of weights that the first
+GUIDE_SCRIPT is 05-training-llama-405b/train_llm.py of LambdaLabsML/distributed-training-guide. It
+is mended only as far as it needs to start and to end here; MENDS lists every change. Each turn runs
+the guide's script and then ours, with torch.compile and activation checkpointing in both, on layers
+as wide as Llama 3.1 8B's with random weights. Also printed: the share of weights that the first
 update, at the full learning rate of 3e-5, leaves exactly as they were.
 """
 
@@ -70,8 +70,10 @@ def mend(script: Path, to: Path) -> Path:
 
 
 def run_guide(script: Path, model: Path, tokens: Path, gpus: int) -> dict:
-    done = torchrun(gpus, str(script), "--model-name", model, "--dataset-name", tokens,
-                    "--seq-length", LENGTH, "--log-freq", 2, "--checkpoint-activations", timeout=400)
+    done = torchrun(
+        gpus, str(script), "--model-name", model, "--dataset-name", tokens, "--seq-length", LENGTH,
+        "--log-freq", 2, "--checkpoint-activations", timeout=400,
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     rows = [ast.literal_eval(row) for row in re.findall(
