@@ -125,7 +125,9 @@ class Bench:
                 random_init=True, export_dtype="none", seq_length=seq_length, num_epochs=99,
                 global_batch_size=rows, max_steps=STEPS, log_freq=LOG_FREQ, ckpt_freq=0,
                 checkpoint_activations="on") | options)}
-        for group in [list(jobs)] if together else [[name] for name in jobs]:
+        plain = [name for name in jobs if not cases[name].get("compile")]
+        groups = [plain, [name for name in jobs if name not in plain]]
+        for group in filter(None, groups if together else [[name] for name in jobs]):
             started = time.perf_counter()
             try:
                 on_ranks(gpus, [jobs[name] for name in group], self.folder, timeout=400)
