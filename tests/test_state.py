@@ -84,7 +84,7 @@ def in_process(straight, name: str, **changes) -> None:
 
 def test_damaged_checkpoints_are_told_and_the_newest_sound_one_is_used(straight, caplog):
     folder = begun(straight, "damaged", 3, 6, 9, 12, 15)
-    shards = {step: folder / "checkpoints" / f"step-{step:08}" / "__1_0.distcp"
+    shards = {step: folder / "checkpoints" / f"step-{step:08}" / "rank-00001.safetensors"
               for step in (6, 9, 12)}
     (folder / "checkpoints" / "step-00000015" / ".metadata").unlink()  # as if killed in the middle
     shards[12].write_bytes(shards[12].read_bytes()[:-100])
@@ -96,7 +96,8 @@ def test_damaged_checkpoints_are_told_and_the_newest_sound_one_is_used(straight,
         in_process(straight, "damaged")
     said = [record.getMessage() for record in caplog.records if record.name == "train_llm"]
     for step, words in {12: "checksum", 9: "checksum", 6: "missing on"}.items():
-        (line,) = (line for line in said if f"step-{step:08} is not used: __1_0.distcp" in line)
+        start = f"step-{step:08} is not used: rank-00001.safetensors"
+        (line,) = (line for line in said if start in line)
         assert words in line
     assert any("resumed from" in line and "step-00000003" in line for line in said)
     assert values(folder) == pytest.approx(values(straight[0] / "straight"), rel=1e-5)
@@ -104,7 +105,7 @@ def test_damaged_checkpoints_are_told_and_the_newest_sound_one_is_used(straight,
 
 def test_no_sound_checkpoint_is_an_error_and_nothing_is_lost(straight):
     folder = begun(straight, "all-damaged", 9)
-    (folder / "checkpoints" / "step-00000009" / "__0_0.distcp").write_bytes(b"")
+    (folder / "checkpoints" / "step-00000009" / "rank-00000.safetensors").write_bytes(b"")
     before = (folder / "metrics.jsonl").read_text()
     with pytest.raises(train_llm.InputError, match="no checkpoint in .* is sound"):
         in_process(straight, folder.name)
