@@ -145,6 +145,7 @@ class Stored:
     file: str
     offset: int
     length: int
+    block: int  # bytes of one
     crcs: list[int]
 
 
@@ -167,7 +168,7 @@ def write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, _) in heads.items():
             offset, end = (8 + len(text) + place for place in header[name]["data_offsets"])
-            stored[name] = Stored(path.name, offset, end - offset, [])
+            stored[name] = Stored(path.name, offset, end - offset, BLOCK_BYTES, [])
             for block in blocks_of(name):
                 if len(tasks) >= THREADS:
                     tasks[-THREADS].result()  # so that few blocks are in memory
@@ -203,13 +204,13 @@ def read_blocks(
 
     The blocks that hold them are read whole, and checked.
     """
-    size = BLOCK_BYTES // dtype.itemsize
+    size = place.block // dtype.itemsize
     try:
         with (folder / place.file).open("rb") as file:
             for i in range(first // size, -(-(first + count) // size)):
-                length = min(BLOCK_BYTES, place.length - i * BLOCK_BYTES)
+                length = min(place.block, place.length - i * place.block)
                 raw = torch.empty(length, dtype=torch.uint8)
-                file.seek(place.offset + i * BLOCK_BYTES)
+                file.seek(place.offset + i * place.block)
                 got = file.readinto(raw.numpy())
                 if got < length or zlib.crc32(raw.numpy()) != place.crcs[i]:
                     raise DamagedError(f"{place.file} has not the checksum it was written with")
@@ -234,10 +235,14 @@ class Saver:
     at most. A save that fails is reported, and training goes on.
     """
 
-    def __init__(self, folder: Path, args: Namespace, processes: "Processes", step: int):
+    def __init__(
+        self, folder: Path, args: Namespace, processes: "Processes", state: "TrainState"
+    ):
         self.folder, self.args, self.processes = folder / "checkpoints", args, processes
-        self.saved_step, self.in_flight = step, None
+        self.saved_step, self.in_flight = state.step, None
         self.stager = SliceStager()
+        if args.async_checkpoint == "on" and args.ckpt_freq:  # so that the first save is as quick
+            self.stager.stage(slices_and_buffers(state, processes))
 
     def is_due(self, step: int) -> bool:
         return self.args.ckpt_freq > 0 and step % self.args.ckpt_freq == 0
@@ -305,9 +310,7 @@ class SliceStager(AsyncStager):
         sizes = [-(-part.tensor.nbytes // 8) * 8 for part in slices.values()]
         on_gpu = any(part.tensor.is_cuda for part in slices.values())
         if self.slab is None:
-            self.slab = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
-            if on_gpu:
-                torch.cuda.cudart().cudaHostRegister(self.slab.data_ptr(), self.slab.nbytes, 0)
+            self.slab = shared_slab(sum(sizes), pinned=on_gpu)
         staged = {}
         for (name, part), room in zip(slices.items(), self.slab.split(sizes), strict=True):
             copy = room[: part.tensor.nbytes].view(part.tensor.dtype)
@@ -323,14 +326,37 @@ class SliceStager(AsyncStager):
         pass
 
 
+def shared_slab(size: int, *, pinned: bool) -> torch.Tensor:
+    """`size` bytes of host memory that a child process can see. Raises InputError if too many."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shutil.disk_usage("/dev/shm").free  # its bounds end a process without a word
+    if size * ranks > free:
+        raise InputError(f"--async-checkpoint on: {ranks} ranks on {platform.node()} need"
+                         f" {size * ranks / 2**30:.1f} GiB of shared memory, /dev/shm has"
+                         f" {free / 2**30:.1f} free; enlarge it (mount -o remount,size=...), or use"
+                         " --async-checkpoint off")
+    slab = torch.empty(size, dtype=torch.uint8).share_memory_()
+    if pinned:
+        torch.cuda.check_error(
+            int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0)))
+    return slab
+
+
 class SliceStorage(dcp.FileSystemWriter):
     """Writes a rank's slices as one file; rank 0 `about.json`, and then `.metadata`."""
 
     def __init__(self, folder: Path, about: dict, rank: int):
         super().__init__(folder)
         self.about, self.file = about, f"rank-{rank:05}.safetensors"
+        self.trainer = os.getpid()
+
+    def check_trainer(self) -> None:
+        """Raises InputError if the trainer died: its successor may write to the same folder."""
+        if self.trainer not in (os.getpid(), os.getppid()):
+            raise InputError("the process that asked for this checkpoint is gone")
 
     def write_data(self, plan, planner) -> torch.futures.Future:
+        self.check_trainer()
         tensors = {item.index.fqn: planner.resolve_data(item).detach() for item in plan.items}
         heads = {name: (t.dtype, list(t.shape)) for name, t in by_alignment(tensors).items()}
         stored = write_file(Path(self.path, self.file), heads, lambda name: blocks(tensors[name]))
@@ -341,6 +367,7 @@ class SliceStorage(dcp.FileSystemWriter):
         return written
 
     def finish(self, metadata, results) -> None:  # on rank 0
+        self.check_trainer()
         write_json(Path(self.path, "about.json"), self.about)
         super().finish(metadata, results)
 
@@ -378,7 +405,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
     Raises InputError if there is none, but another host has files of one.
     """
-    found = on_rank_0(lambda: whole_checkpoints(folder))
+    found = on_rank_0(lambda: [path.name for path in whole_checkpoints(folder)])
     names = sorted(path.name for path in folder.glob("checkpoints/step-*"))
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (platform.node(), names))
@@ -390,7 +417,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
                          " rank 0 runs, has not its .metadata; start rank 0 where it ran before, or"
                          f" copy .metadata and about.json there, or move {folder} away on all hosts"
                          " to begin again")
-    return found
+    return [folder / "checkpoints" / name for name in found]
 
 
 def on_rank_0(work: Callable):
@@ -526,7 +553,8 @@ def export_model(
     places = [None] * processes.world_size
     dist.all_gather_object(places, {n: (s.start, len(s.tensor)) for n, s in slices.items()})
     kept = {name: b.dtype for name, b in own_buffers(state.model).items()}
-    heads = model_heads(describe(state), getattr(torch, args.export_dtype), kept)
+    dtype = getattr(torch, args.export_dtype)
+    heads = model_heads(describe(state), dtype, kept)
 
     def blocks_of(name: str) -> Iterator[torch.Tensor]:
         parts = ((*place[name], rank) for rank, place in enumerate(places) if name in place)
@@ -540,7 +568,7 @@ def export_model(
 
     if processes.rank == 0:
         shutil.rmtree(folder / "model", ignore_errors=True)
-        return write_model(folder / "model", heads, blocks_of, folder)
+        return write_model(folder / "model", heads, blocks_of, folder, dtype)
     for name in (name for name in heads if name in slices):
         for block in blocks(slices[name].tensor):
             dist.send(block.to("cpu", heads[name][0]), dst=0)
@@ -581,7 +609,7 @@ def export_one(checkpoint: Path, target: Path, dtype: torch.dtype, run: Path) ->
             yield from read_blocks(checkpoint, place, entry.properties.dtype, 0, chunk.sizes[0])
 
     kept = {name: table[f"model.{name}"].properties.dtype for name in about["buffers"]}
-    write_model(target, model_heads(about, dtype, kept), blocks_of, run)
+    write_model(target, model_heads(about, dtype, kept), blocks_of, run, dtype)
     return about["step"]
 
 
@@ -593,7 +621,8 @@ def model_heads(about: dict, dtype: torch.dtype, buffers: dict[str, torch.dtype]
 
 
 def write_model(
-    target: Path, heads: Heads, blocks_of: Callable[[str], Iterator[torch.Tensor]], run: Path
+    target: Path, heads: Heads, blocks_of: Callable[[str], Iterator[torch.Tensor]], run: Path,
+    dtype: torch.dtype,
 ) -> None:
     """A model's folder, renamed into place when it is whole. Raises InputError."""
     if not (run / "model-files").is_dir():
@@ -618,6 +647,5 @@ def write_model(
     write_json(half_made / "model.safetensors.index.json",
                {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     config = json.loads((half_made / "config.json").read_text())
-    dtype = str(next(iter(heads.values()))[0]).removeprefix("torch.")
-    write_json(half_made / "config.json", config | {"dtype": dtype})
+    write_json(half_made / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     half_made.rename(target)

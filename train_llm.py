@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_run_folder(args, rows, processes)
     heart = Heart(folder, steps, processes)
     state = begin_or_resume(model, folder, args, processes)
-    saver = checkpoints.Saver(folder, args, processes, state.step)
+    saver = checkpoints.Saver(folder, args, processes, state)
     meter = Meter(args, state, rows, folder / "metrics.jsonl", processes)
     stop = StopRequest(folder)
     heart.beat("training", state.step)

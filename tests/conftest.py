@@ -52,7 +52,8 @@ def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", **ch
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
         initializer_range=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )
-    name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "mistral": "Mistral"}[kind]
+    name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "mistral": "Mistral",
+            "deepseek": "DeepseekV3"}[kind]
     extra = {"gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9}}
     config = getattr(transformers, f"{name}Config")(**shape | extra.get(kind, {}) | changes)
     torch.manual_seed(1)

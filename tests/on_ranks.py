@@ -4,7 +4,9 @@
 
 A job is {"do": "train", "argv": [...]}, the script's own `main`, or {"do": "compare", "argv": ...,
 "out": PATH}: shard a model as the script does, gather every tensor again, and write to PATH.RANK
-which of them are not bit for bit those of `from_pretrained`.
+which of them are not bit for bit those of `from_pretrained`. With "apart", each rank is a host of
+its own, and "HOST" in its words is its number; with "refused": PATH, its InputError is written to
+PATH.RANK.
 """
 
 import gc
@@ -20,6 +22,22 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_llm
+
+train_llm.checkpoints.BLOCK_BYTES = 4096  # so that tiny tensors have several blocks, too
+
+def train(argv: list[str], apart: bool = False, refused: str = "", **_: str) -> None:
+    rank, local_rank = os.environ["RANK"], os.environ["LOCAL_RANK"]
+    if apart:
+        os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": rank}
+        argv = [word.replace("HOST", rank) for word in argv]
+    try:
+        train_llm.main(argv)
+    except train_llm.InputError as error:
+        if not refused:
+            raise
+        Path(f"{refused}.{rank}").write_text(str(error))
+        dist.destroy_process_group()
+    os.environ |= {"LOCAL_RANK": local_rank, "GROUP_RANK": "0"}
 
 
 def compare(argv: list[str], out: str) -> None:
@@ -48,7 +66,7 @@ if __name__ == "__main__":
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(port + i)
         if job["do"] == "train":
-            train_llm.main(job["argv"])
+            train(**job)
             gc.collect()  # a model is full of cycles; the next job measures its own memory
             torch.cuda.empty_cache()
             torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
