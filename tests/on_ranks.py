@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_llm
 
-train_llm.checkpoints.BLOCK_BYTES = 4096  # so that tiny tensors have several blocks, too
 
-def train(argv: list[str], apart: bool = False, refused: str = "", **_: str) -> None:
+def train(
+    argv: list[str], apart: bool = False, refused: str = "", block_bytes: int = 4096, **_: str
+) -> None:
+    train_llm.checkpoints.BLOCK_BYTES = block_bytes  # so few that tiny tensors have several blocks
     rank, local_rank = os.environ["RANK"], os.environ["LOCAL_RANK"]
     if apart:
         os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": rank}

@@ -143,7 +143,7 @@ def test_node_local_disks_need_only_what_their_own_ranks_wrote(straight):
     whole, disks = straight[0] / "straight", [straight[0] / f"disk-{d}" / "apart" for d in (0, 1)]
     assert values(disks[0]) == values(whole) and weights(disks[0]) == weights(whole)
     for disk, folder in enumerate(disks):
-        found = {path.parent.name: path.name for path in folder.rglob("rank-*")}
+        found = {path.parent.name: path.name for path in folder.glob("checkpoints/*/rank-*")}
         assert found == {f"step-{step:08}": f"rank-0000{disk}.safetensors" for step in (12, 15)}
     for rank in (0, 1):
         said = {name: Path(f"{path}.{rank}").read_text() for name, path in refused.items()}
@@ -383,6 +383,16 @@ def test_a_run_killed_at_a_random_moment_ends_as_the_straight_one(straight):
     whole = straight[0] / "straight"
     assert values(straight[0] / "killed") == values(whole)
     assert weights(straight[0] / "killed") == weights(whole)
+
+
+def test_a_short_killing_campaign_loses_nothing():
+    words = ["--kills", 4, "--seed", random.randrange(99)]
+    done = run([sys.executable, "tests/kill_campaign.py", *words], timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    figures = json.loads(done.stdout[done.stdout.index("{"):])
+    assert figures["kills"] == figures["starts that resumed"] == 4
+    assert figures["checkpoints found damaged"] == 0
+    assert figures["losses and weights bit for bit those of the straight run"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
