@@ -76,8 +76,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line, checked against each other. Raises OptionError."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.split("=")[0] == "--export" for word in argv):
+        return checkpoints.parse_export_args(ArgumentParser(allow_abbrev=False), argv)
     parser = ArgumentParser(
-        description="Train all the weights of a causal language model with PyTorch FSDP.",
+        description="Train all the weights of a causal language model with PyTorch FSDP. Or write"
+        " those of a checkpoint as an ordinary model: --export RUN_OR_CHECKPOINT --to FOLDER"
+        " [--export-dtype bfloat16], in one process and without any other option.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )
     add = parser.add_argument_group("run: where things are").add_argument
@@ -220,6 +225,8 @@ def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if "export" in args:  # one process, no training
+        return checkpoints.export_checkpoint(args.export, args.to, getattr(torch, args.dtype))
     model = build_model(args)  # on meta: names and shapes, no memory
     if args.check:
         return print(describe(args, model, find_rows(args), planned_processes()))
@@ -231,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_run_folder(args, rows, processes)
     heart = Heart(folder, steps, processes)
     state = begin_or_resume(model, folder, args, processes)
-    saver = checkpoints.Saver(folder, args, processes, state.step)
+    saver = checkpoints.Saver(folder, args, processes, state)
     meter = Meter(args, state, rows, folder, processes)
     stop = StopRequest(folder)
     heart.beat("training", state.step)
@@ -276,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     saver.finish()
     if state.step == steps and args.export_dtype != "none":
         heart.beat("exporting", state.step)
-        checkpoints.export_model(state.model, args, folder / "model", processes)
+        checkpoints.export_model(state, args, folder, processes)
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
@@ -847,6 +854,8 @@ def begin_or_resume(
 ) -> TrainState:
     """The state of the newest sound checkpoint of the run; without one, the pretrained weights."""
     found = checkpoints.find_checkpoints(folder)
+    if processes.rank == 0 and not found:
+        checkpoints.keep_model_files(model, args, folder)
     source = None if found else load_weights(args, processes)
     sharded = shard(model, source, args, processes)
     state = TrainState(sharded, build_optimizer(sharded, args))

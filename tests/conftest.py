@@ -53,7 +53,7 @@ def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", **ch
         initializer_range=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )
     name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
-            "mistral": "Mistral"}[kind]
+            "mistral": "Mistral", "deepseek": "DeepseekV3"}[kind]
     extra = {"gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9},
              "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}}
     config = getattr(transformers, f"{name}Config")(**shape | extra.get(kind, {}) | changes)

@@ -5,7 +5,9 @@
 A job is {"do": "train", "argv": [...]}, the script's own `main` (with "no_sync": true, waiting for
 the GPU within a step, after the second, is an error), or {"do": "compare", "argv": ...,
 "out": PATH}: shard a model as the script does, gather every tensor again, and write to PATH.RANK
-which of them are not bit for bit those of `from_pretrained`.
+which of them are not bit for bit those of `from_pretrained`. With "apart", each rank is a host of
+its own, and "HOST" in its words is its number; with "refused": PATH, its InputError is written to
+PATH.RANK.
 """
 
 import contextlib
@@ -22,6 +24,26 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_llm
+
+
+def train(
+    argv: list[str], apart: bool = False, refused: str = "", block_bytes: int = 4096,
+    no_sync: bool = False, **_: str,
+) -> None:
+    train_llm.checkpoints.BLOCK_BYTES = block_bytes  # so few that tiny tensors have several blocks
+    rank, local_rank = os.environ["RANK"], os.environ["LOCAL_RANK"]
+    if apart:
+        os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": rank}
+        argv = [word.replace("HOST", rank) for word in argv]
+    try:
+        with forbid_syncs() if no_sync else contextlib.nullcontext():
+            train_llm.main(argv)
+    except train_llm.InputError as error:
+        if not refused:
+            raise
+        Path(f"{refused}.{rank}").write_text(str(error))
+        dist.destroy_process_group()
+    os.environ |= {"LOCAL_RANK": local_rank, "GROUP_RANK": "0"}
 
 
 def compare(argv: list[str], out: str) -> None:
@@ -71,8 +93,7 @@ if __name__ == "__main__":
         os.environ["MASTER_PORT"] = str(port + i)
         if job["do"] == "train":
             print("job", *job["argv"][:2], file=sys.stderr, flush=True)
-            with forbid_syncs() if job.get("no_sync") else contextlib.nullcontext():
-                train_llm.main(job["argv"])
+            train(**job)
             torch.compiler.reset()
             gc.collect()  # a model is full of cycles; the next job measures its own memory
             torch.cuda.empty_cache()
