@@ -32,7 +32,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -52,6 +51,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import checkpoints
 import download
 import layers
+import weights
 from checkpoints import clean, write_json
 from download import InputError
 
@@ -135,6 +135,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="gather the next layer before this one's forward pass is issued")
     add("--limit-all-gathers", action=argparse.BooleanOptionalAction, default=True,
         help="let the host run at most two gathers ahead of the GPU")
+    add("--load", choices=["auto", "rank0", "spread"], default="auto", help="rank0: rank 0 reads"
+        " the weights and broadcasts them; spread: all ranks that see a file read parts of it;"
+        " auto: spread if the files' tensors have the model's names")
     add("--wrap-embedding", action=argparse.BooleanOptionalAction, default=True,
         help="shard nn.Embedding as a unit of its own, freed as soon as it was used")
 
@@ -179,6 +182,8 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if Path(args.experiment_name).name != args.experiment_name or args.experiment_name[:1] in ".-":
         raise OptionError(f"--experiment-name {args.experiment_name!r} must be a plain folder name")
+    if args.random_init and args.load != "auto":
+        raise OptionError(f"--load {args.load} has no effect with --random-init; leave it out")
     if args.dataset_subset and Path(args.dataset_name).exists():
         raise OptionError("--dataset-subset has no effect on local files; leave it out")
     if args.float8 != "off":
@@ -420,9 +425,9 @@ class StopRequest:
 
 # --- 4. Model -------------------------------------------------------------------------------
 # 405 billion weights fit in no single memory. Every rank builds the model on the meta device
-# (shapes only); rank 0 alone opens the weights, memory-mapped, on its CPU. FSDP then wraps bottom
-# up, one unit at a time: the unit gets storage, rank 0 fills it, it is broadcast, and each rank
-# keeps its shard. Cost: no rank ever holds more than one unsharded unit, in float32.
+# (shapes only). FSDP then wraps bottom up, one unit at a time: the unit gets storage, weights.py
+# fills it from the files, read ahead by one rank or by all, and each rank keeps its shard. Cost: no
+# rank ever holds more than one unsharded unit, in float32.
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -474,39 +479,29 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     return model.train()
 
 
-def load_weights(args: argparse.Namespace, processes: Processes) -> nn.Module | None:
-    """On rank 0 the pretrained model, memory-mapped in its stored dtype; elsewhere None."""
-    source = None
+def find_weights(
+    model: nn.Module, args: argparse.Namespace, processes: Processes
+) -> weights.Plan:
+    """Which rank reads what: rank 0 decides, by which files each node sees."""
+    store, plan = processes.store, None
 
-    def open_weights() -> None:
-        nonlocal source
-        # Another dtype than the stored one would read and convert every weight here and now.
-        try:
-            source, report = AutoModelForCausalLM.from_pretrained(
-                args.model_name, dtype="auto", output_loading_info=True
-            )
-        except Exception as error:  # safetensors, pickle, json and transformers each raise theirs
-            raise InputError(
-                f"the weights of {args.model_name} cannot be read ({first_line(error)});"
-                " fetch them again, or start without them with --random-init"
-            ) from error
-        missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
-        if missing:
-            raise InputError(
-                f"the weights of {args.model_name} lack {len(missing)} tensors of the right shape,"
-                f" the first {missing[0]}; fetch the files again, or check that its config.json"
-                " belongs to them"
-            )
+    def decide() -> None:
+        nonlocal plan
+        seen = [store.get(f"seen by {rank}") for rank in range(processes.world_size)]
+        plan = weights.decide(model, args, [json.loads(report) for report in seen])
+        store.set("plan", plan.to_json())
 
-    if not args.random_init:
-        while_others_wait(open_weights, "weights", alone=processes.rank == 0, store=processes.store)
-    return source
+    store.set(f"seen by {processes.rank}", json.dumps(weights.look(args.model_name, processes)))
+    while_others_wait(decide, "weights", alone=processes.rank == 0, store=store)
+    plan = plan or weights.Plan.from_json(store.get("plan"))
+    log.info("weights: %s", plan.way)
+    return plan
 
 
 def shard(
-    model: nn.Module, source: nn.Module | None, args: argparse.Namespace, processes: Processes
+    model: nn.Module, plan: weights.Plan | None, args: argparse.Namespace, processes: Processes
 ) -> FSDP:
-    """`model` with its weights, sharded over all ranks; on rank 0 `source` is where they come from.
+    """`model` with its weights, sharded over all ranks; by no plan the weights are zero.
 
     Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
     unsharded, by name), `matmul_parameters`.
@@ -525,6 +520,7 @@ def shard(
     on_gpu = processes.device.type == "cuda"
     if processes.world_size == 1:  # FSDP then keeps whole parameters, and would say so every unit
         warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
+    filler = weights.Filler(model, plan, layer_classes | apart, args, processes)
     sharded = FSDP(
         model,
         device_mesh=init_device_mesh(processes.device.type, (processes.world_size,)),
@@ -532,8 +528,7 @@ def shard(
         auto_wrap_policy=functools.partial(
             transformer_auto_wrap_policy, transformer_layer_cls=layer_classes | apart
         ),
-        param_init_fn=build_filler(model, source, args.seed, processes),
-        sync_module_states=on_gpu,  # refuses CPU tensors: there the filler broadcasts itself
+        param_init_fn=filler,  # on every rank: there is nothing left for sync_module_states
         mixed_precision=mixed_precision if on_gpu else None,
         use_orig_params=True,
         forward_prefetch=args.forward_prefetch,
@@ -541,63 +536,10 @@ def shard(
     )
     # After FSDP: inside out, saved optimizer state would no longer find its parameters.
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
-    check_filled(sharded)
+    filler.finish(sharded)
     for name, fact in facts.items():
         setattr(sharded, name, fact)
     return sharded
-
-
-def build_filler(
-    model: nn.Module, source: nn.Module | None, seed: int, processes: Processes
-) -> Callable[[nn.Module], None]:
-    """FSDP's `param_init_fn`: gives one module's own tensors storage and, on rank 0, their values.
-
-    Buffers that no file holds (rotary frequencies) are computed here, in float32: left alone they
-    would be what the memory contained, and taken from `source` be rounded to its stored dtype.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    sources = dict(zip(map(id, model.modules()), source.modules(), strict=True)) if source else {}
-    storage: dict[int, torch.Tensor] = {}  # by id of the meta tensor: tied ones share it
-
-    @torch.no_grad()
-    def fill(module: nn.Module) -> None:
-        own = []
-        for tensors in (module._parameters, module._buffers):
-            for name, meta in tensors.items():
-                if meta is None:
-                    continue
-                if meta.is_meta and id(meta) not in storage:
-                    tensor = torch.empty_like(meta, device=processes.device)
-                    if isinstance(meta, nn.Parameter):
-                        tensor = nn.Parameter(tensor, requires_grad=meta.requires_grad)
-                    storage[id(meta)] = tensor
-                tensors[name] = storage.get(id(meta), meta)
-                own.append(name)
-        computed = module._non_persistent_buffers_set  # by the model, not read from a file
-        if processes.rank == 0 and own and (source is None or computed):
-            # A seed for each module: the order in which units are wrapped does not matter.
-            torch.manual_seed(seed_of(seed, zlib.crc32(names[id(module)].encode())))
-            model._init_weights(module)
-        if processes.rank == 0 and source is not None:
-            for name in set(own) - computed:
-                getattr(module, name).copy_(getattr(sources[id(module)], name))
-        if processes.device.type == "cpu":
-            for name in own:
-                dist.broadcast(getattr(module, name), src=0)
-
-    return fill
-
-
-def check_filled(model: nn.Module) -> None:
-    """Raises InputError, on every rank, if a parameter or buffer is on meta or not finite."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    bad = [name for name, t in tensors.items() if t.is_meta or not torch.isfinite(t).all()]
-    found = torch.tensor(len(bad), device=next(model.parameters()).device)
-    dist.all_reduce(found)
-    if found.item():
-        names = f": {', '.join(map(clean, bad[:3]))}" if bad else " on other ranks"
-        raise InputError(f"{found.item()} tensors are not finite after loading{names};"
-                         " check the model's files")
 
 
 def decoder_layer_classes(model: nn.Module) -> set[type]:
@@ -856,8 +798,8 @@ def begin_or_resume(
     found = checkpoints.find_checkpoints(folder)
     if processes.rank == 0 and not found:
         checkpoints.keep_model_files(model, args, folder)
-    source = None if found else load_weights(args, processes)
-    sharded = shard(model, source, args, processes)
+    plan = None if found else find_weights(model, args, processes)
+    sharded = shard(model, plan, args, processes)
     state = TrainState(sharded, build_optimizer(sharded, args))
     if found:
         checkpoints.load_newest(found, state, processes)

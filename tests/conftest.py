@@ -41,7 +41,8 @@ def build_tokenizer(folder: Path) -> int:
     return len(fast)
 
 
-def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", **changes) -> Path:
+def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", file_bytes="1GB",
+                     **changes) -> Path:
     """A two-layer model of the named architecture, with its tokenizer, saved in `folder`."""
     import torch
     import transformers
@@ -53,13 +54,13 @@ def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", **ch
         initializer_range=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )
     name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
-            "mistral": "Mistral", "deepseek": "DeepseekV3"}[kind]
+            "mistral": "Mistral", "deepseek": "DeepseekV3", "mixtral": "Mixtral"}[kind]
     extra = {"gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9},
              "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}}
     config = getattr(transformers, f"{name}Config")(**shape | extra.get(kind, {}) | changes)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=file_bytes)
     return folder
 
 
