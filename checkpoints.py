@@ -50,18 +50,28 @@ log = logging.getLogger("train_llm")
 # gathered, and any number of ranks reads them back. Cost: one private attribute of FSDP.
 
 
-def own_slices(model: FSDP) -> Iterator[tuple[str, nn.Parameter, int]]:
-    """(name, this rank's part, its first element's place in the flattened parameter) of each.
+def own_units(model: FSDP) -> Iterator[tuple[FSDP, torch.Tensor, list]]:
+    """(unit, its flat shard on this rank, [(name, this rank's part, its place in the shard, its
+    first element's place in the flattened parameter) of each parameter]) of each unit.
 
-    FSDP tells this nowhere in public: `_shard_param_infos` of a flat parameter (torch 2.11, 2.13).
+    FSDP tells this nowhere in public: `_handle` and its `_shard_param_infos` (torch 2.11, 2.13).
     """
     names = {id(parameter): clean(name) for name, parameter in model.named_parameters()}
     for unit in FSDP.fsdp_modules(model):
         if unit._handle is not None:
             flat = unit._handle.flat_param
-            for parameter, info in zip(flat._params, flat._shard_param_infos, strict=True):
-                if info.in_shard:
-                    yield names[id(parameter)], parameter, info.intra_param_start_idx
+            places = zip(flat._params, flat._shard_param_infos, strict=True)
+            yield unit, flat.detach(), [
+                (names[id(parameter)], parameter, info.offset_in_shard, info.intra_param_start_idx)
+                for parameter, info in places if info.in_shard
+            ]
+
+
+def own_slices(model: FSDP) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """(name, this rank's part, its first element's place in the flattened parameter) of each."""
+    for _, _, parts in own_units(model):
+        for name, parameter, _, start in parts:
+            yield name, parameter, start
 
 
 @dataclass

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,8 +42,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffload, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,6 +51,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import checkpoints
 import download
 import layers
+import offload
 import weights
 from checkpoints import clean, write_json
 from download import InputError
@@ -122,6 +123,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="on: keep only each layer's input and recompute the rest in the backward pass;"
         " selective: keep what matrix products and attention gave, too; offload: keep the input in"
         " host memory (on CPU processes the same as on)")
+    add("--cpu-offload", choices=["off", "on", "optimizer"], default="off",
+        help="optimizer: float32 weights and AdamW's state in host memory, stepped beside the GPUs"
+        " (16 bytes a parameter there, 2 on the GPU); on: all in host memory, and the GPUs wait")
     add("--attn-implementation", default="auto", help="attention kernel, as transformers names it"
         " (sdpa, eager, flash_attention_2, ...), or varlen: PyTorch's own for rows of several"
         " documents; auto: the fastest that is installed and right for this model and device")
@@ -195,6 +199,11 @@ def check_options(args: argparse.Namespace) -> None:
         if not args.compile:
             raise OptionError(f"--float8 {args.float8} is slower than bfloat16 unless its casts are"
                               " fused: add --compile")
+    if args.cpu_offload == "on" and not torch.cuda.is_available():
+        raise OptionError("--cpu-offload on needs a GPU, and there is none; leave it out")
+    if args.cpu_offload == "optimizer" and args.forward_prefetch:
+        raise OptionError("--forward-prefetch would gather layers that --cpu-offload optimizer has"
+                          " not stepped yet; leave one of them out")
     if not torch.cuda.is_available():
         useless = {
             "--reduce-dtype bfloat16": args.reduce_dtype != "float32",
@@ -271,10 +280,10 @@ def main(argv: list[str] | None = None) -> None:
             loss += scaled_loss.detach() / processes.world_size
         with meter.timing("update"):
             loss = stop.sum_over_ranks(loss)
-            grad_norm = state.model.clip_grad_norm_(args.max_grad_norm or math.inf)
+            grad_norm = state.optimizer.clip_grad_norm_(args.max_grad_norm or math.inf)
             state.hold_if_not_finite(loss, grad_norm)
             state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)  # frees them: FSDP makes new ones anyway
+            state.optimizer.zero_grad()
         state.step += 1
         # ---- the record: nothing below changes the weights ----
         meter.end_step(state.step, loss, grad_norm)
@@ -286,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     meter.write_row(state)
     saver.save(state, heart)
     saver.finish()
+    state.optimizer.join()
     if state.step == steps and args.export_dtype != "none":
         heart.beat("exporting", state.step)
         checkpoints.export_model(state, args, folder, processes)
@@ -310,7 +320,7 @@ def describe(
 {", initialised at random" if args.random_init else ""}
   processes  {processes.world_size} on {processes.device.type}
   precision  parameters, gradients, optimizer state float32, sharded; compute {compute}; gradient\
- sums {args.reduce_dtype}; export {args.export_dtype}
+ sums {args.reduce_dtype}; export {args.export_dtype}; CPU offload {args.cpu_offload}
   attention  {model.config._attn_implementation}, documents in a row\
  {"apart" if args.document_mask else "see each other"}; activation checkpointing\
  {args.checkpoint_activations}; layers {"compiled" if args.compile else "not compiled"}
@@ -531,6 +541,7 @@ def shard(
         param_init_fn=filler,  # on every rank: there is nothing left for sync_module_states
         mixed_precision=mixed_precision if on_gpu else None,
         use_orig_params=True,
+        cpu_offload=CPUOffload(offload_params=args.cpu_offload == "on"),
         forward_prefetch=args.forward_prefetch,
         limit_all_gathers=args.limit_all_gathers,
     )
@@ -715,20 +726,30 @@ def rows_of_rank(
 # Cost: 16 bytes a parameter (weights, gradients, two moments), divided by the number of ranks.
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+def build_optimizer(
+    model: FSDP, args: argparse.Namespace, processes: Processes
+) -> "offload.ShardAdamW | offload.HostAdamW":
     """Fused AdamW; weight decay on matrices, none on vectors (norms, biases).
 
     Sharded parameters are all flat, so which were vectors was noted before sharding.
     """
-    groups = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups[len(model.shapes[clean(name)]) < 2].append(parameter)
-    decayed = {"params": groups[False], "weight_decay": args.weight_decay}
-    plain = {"params": groups[True], "weight_decay": 0.0}
-    return torch.optim.AdamW(
-        [group for group in (decayed, plain) if group["params"]],
-        lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True,
-    )
+
+    def adamw(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.AdamW:
+        groups = {True: [], False: []}
+        for name, parameter in named:
+            groups[len(model.shapes[clean(name)]) < 2].append(parameter)
+        decayed = {"params": groups[False], "weight_decay": args.weight_decay}
+        plain = {"params": groups[True], "weight_decay": 0.0}
+        return torch.optim.AdamW(
+            [group for group in (decayed, plain) if group["params"]],
+            lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True,
+        )
+
+    if args.cpu_offload == "optimizer":
+        return offload.HostAdamW(model, adamw, compute_dtype(processes.device))
+    if args.cpu_offload == "on" and args.global_batch_size > args.batch_size * processes.world_size:
+        offload.add_up_offloaded_gradients(model)
+    return offload.ShardAdamW(model, adamw)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -754,7 +775,7 @@ class TrainState:
     """A field is here if and only if a resumed run would need it."""
 
     model: FSDP
-    optimizer: torch.optim.AdamW
+    optimizer: "offload.ShardAdamW | offload.HostAdamW"
     step: int = 0  # steps finished; the rows, learning rate and dropout of the next one follow
 
     def hold_if_not_finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
@@ -763,32 +784,17 @@ class TrainState:
         AdamW's fused kernel reads `found_inf` on the device and then leaves weights and moments
         alone; so the host need not look before a row is logged, and then finds the last good ones.
         """
-        bad = 1 - (torch.isfinite(loss) & torch.isfinite(grad_norm)).float()
-        held = getattr(self.optimizer, "found_inf", torch.zeros_like(bad))
-        self.optimizer.found_inf = torch.maximum(held, bad)
+        bad = 1 - (torch.isfinite(loss) & torch.isfinite(grad_norm).to(loss.device)).float()
+        held = self.optimizer.found_inf  # in host memory with --cpu-offload on, which waits here
+        self.optimizer.found_inf = torch.maximum(held, bad.to(held.device))
 
     def slices(self) -> dict[str, checkpoints.Slice]:
         """This rank's part of every weight and moment, by name; live, so loading fills them."""
-        found = {}
-        for name, parameter, start in checkpoints.own_slices(self.model):
-            moments = self.optimizer.state[parameter]
-            if not moments:  # no step yet: made as AdamW would make them
-                moments["step"] = torch.zeros((), device=parameter.device)
-                moments["exp_avg"] = torch.zeros_like(parameter)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            whole = math.prod(self.model.shapes[name])
-            tensors = {"model": parameter.detach(), **{k: moments[k] for k in MOMENTS}}
-            for kind, tensor in tensors.items():
-                found[f"{kind}.{name}"] = checkpoints.Slice(tensor.flatten(), start, whole)
-        return found
+        return self.optimizer.state_dict()
 
     def set_step(self, step: int) -> None:
         self.step = step
-        for moments in self.optimizer.state.values():
-            moments["step"].fill_(step)
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+        self.optimizer.load_state_dict(self.slices(), step)
 
 
 def begin_or_resume(
@@ -796,11 +802,13 @@ def begin_or_resume(
 ) -> TrainState:
     """The state of the newest sound checkpoint of the run; without one, the pretrained weights."""
     found = checkpoints.find_checkpoints(folder)
+    if args.cpu_offload != "off" and processes.device.type == "cuda":
+        offload.use_cores_near_gpu(processes.local_rank)
     if processes.rank == 0 and not found:
         checkpoints.keep_model_files(model, args, folder)
     plan = None if found else find_weights(model, args, processes)
     sharded = shard(model, plan, args, processes)
-    state = TrainState(sharded, build_optimizer(sharded, args))
+    state = TrainState(sharded, build_optimizer(sharded, args, processes))
     if found:
         checkpoints.load_newest(found, state, processes)
     return state
@@ -827,7 +835,9 @@ class Meter:
     """Time, throughput and memory of a run; writes `metrics.jsonl` and shows progress on rank 0.
 
     A row's `loss`, `grad_norm` and `lr` are those of its own step, its times the mean since the row
-    before. Throughput counts every token of the rows, targets or not.
+    before. Throughput counts every token of the rows, targets or not. `update_lost` is the share of
+    weights, among some 65,536 float32 ones a rank, that its step left as they were, bit for bit;
+    with --cpu-offload optimizer it is of the step before, the last that has ended.
     """
 
     def __init__(self, args, state: TrainState, rows: Rows, folder: Path, processes: Processes):
@@ -901,6 +911,7 @@ class Meter:
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": state.optimizer.param_groups[0]["lr"],
+            "update_lost": share_over_ranks(state.optimizer.unchanged),
             "tokens_per_second": per_gpu * self.processes.world_size,
             "tokens_per_second_per_gpu": per_gpu,
             "mfu": self.mfu(per_gpu),
@@ -926,6 +937,15 @@ class Meter:
         name = torch.cuda.get_device_name()
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
         return peak and tokens_per_second_per_gpu * self.flops_per_token / peak
+
+
+def share_over_ranks(counts: torch.Tensor | None) -> float | None:
+    """counts[0] / counts[1], both summed over the ranks; None if there are none yet."""
+    if counts is None:
+        return None
+    counts = counts.clone()
+    dist.all_reduce(counts)
+    return (counts[0] / counts[1]).item()
 
 
 def matmul_parameters(model: nn.Module) -> int:

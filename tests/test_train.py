@@ -239,6 +239,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1, fused=True)
     state = train_llm.TrainState(model, optimizer)
+    optimizer.found_inf = torch.zeros(())
     before = model.weight.clone()
     for loss in (math.nan, 1.0):  # the second step is finite, but comes after one that was not
         model(torch.ones(2)).sum().backward()
