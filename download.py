@@ -690,7 +690,7 @@ def save_random_llama(folder: Path, tokenizer) -> int:
 # name, on which the next try or start goes on, and gets its own once its checksum is the hub's. It
 # lies where transformers looks: a blob named by that checksum, and a link to it. huggingface_hub
 # (1.33 to 2.4) starts a file anew after a kill and compares sizes alone; so it lists, and the bytes
-# are read here, for a third of its client's CPU time. Cost: hashing, about 1 GB/s a core.
+# are read here, for a third of its client's CPU time. Cost: hashing, 1 GB/s a core, meanwhile.
 
 SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json",
                *TOKENIZER_FILES]
@@ -927,42 +927,69 @@ def in_parallel(do: Callable[[Any, Work], None], items: Collection, what: str, *
             raise
 
 
+class Growing:
+    """The partial file of one that is fetched: how much is in it, and the checksum of that."""
+
+    def __init__(self, output: BinaryIO, file: HubFile) -> None:
+        self.output, self.file, self.size, self.sha = output, file, 0, start_sha(file)
+        output.seek(0)
+        for block in blocks(output):
+            self.sha.update(block)
+            self.size += len(block)
+
+    def add(self, block: memoryview) -> None:
+        while block:  # a disk that is almost full takes less of it than all
+            count = self.output.write(block)
+            self.sha.update(block[:count])
+            self.size, block = self.size + count, block[count:]
+
+    def clear(self) -> None:
+        self.output.truncate(0)
+        self.size, self.sha = 0, start_sha(self.file)
+
+    def is_right(self) -> bool:
+        """Whether it has the hub's checksum, and nobody else wrote into it."""
+        size = os.fstat(self.output.fileno()).st_size
+        return size == self.size == self.file.size and self.sha.hexdigest() == self.file.digest
+
+
 def fetch_file(file: HubFile, place: Place, work: Work) -> None:
     """Fetch a file from where an earlier try ended. Raises InputError, and OSError of the disk."""
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(place.model_name, file.name, revision=place.commit)
-    partial = place.partial(file)
-    with open(partial, "ab", buffering=0) as output:
+    path = place.partial(file)
+    with open(path, "a+b", buffering=0) as output:
         fcntl.flock(output, fcntl.LOCK_EX)  # of processes that want the file, one fetches it
         if place.has(file):
-            partial.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return
+        partial = Growing(output, file)
         for _ in range(FETCHES):
-            persist(lambda: receive(url, file.size, output, work), file.name, place.model_name,
-                    place.commit, pause=work.pause, reached=lambda: bytes_in(partial))
-            if digest(partial, file.digest) == file.digest:
+            persist(lambda: receive(url, partial, work), file.name, place.model_name, place.commit,
+                    pause=work.pause, reached=lambda: partial.size)
+            if partial.is_right():
                 os.fsync(output.fileno())
-                partial.rename(place.data(file))
+                path.rename(place.data(file))
                 return
-            work.tick(-output.tell())
-            output.truncate(0)
+            work.tick(-partial.size)
+            partial.clear()
             tqdm.write(f"{file.name} came with another checksum than the hub's", sys.stderr)
-        partial.unlink()
+        path.unlink()
     raise InputError(f"{file.name} of {place.model_name} came {FETCHES} times with another checksum"
                      f" than the hub's, {file.digest}, and was not kept; something on the way"
                      " alters it: try another network or mirror, and test this host's memory")
 
 
-def receive(url: str, size: int, output: BinaryIO, work: Work) -> None:
-    """Append to `output` what it lacks of `size` bytes. Raises OSError or HTTPException."""
+def receive(url: str, partial: Growing, work: Work) -> None:
+    """Add what a file lacks to its partial one. Raises OSError or HTTPException."""
     from urllib.request import Request, urlopen
 
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
 
-    start = output.seek(0, os.SEEK_END)
-    if start >= size:
+    start = partial.size
+    if start >= partial.file.size:
         return
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     for name, value in build_hf_headers().items():
@@ -970,14 +997,20 @@ def receive(url: str, size: int, output: BinaryIO, work: Work) -> None:
     seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without a byte, until it counts as stalled
     with urlopen(request, timeout=seconds) as response:
         if start and response.status != 206:  # all of it comes, though a part was asked for
-            output.truncate(0)
             work.tick(-start)
-        buffer = memoryview(bytearray(BLOCK))
-        while count := response.readinto(buffer):
-            output.write(buffer[:count])
-            work.tick(count)
-    if output.seek(0, os.SEEK_END) < size:
+            partial.clear()
+        for block in blocks(response):
+            partial.add(block)
+            work.tick(len(block))
+    if partial.size < partial.file.size:
         raise ConnectionError("the connection ended early")
+
+
+def blocks(source: BinaryIO) -> Iterator[memoryview]:
+    """What is left to read of a file or answer, each block in the place of the one before."""
+    buffer = memoryview(bytearray(BLOCK))
+    while count := source.readinto(buffer):
+        yield buffer[:count]
 
 
 def persist(action: Callable[[], Any], what: str, model_name: str, revision: str | None, *,
@@ -1056,28 +1089,29 @@ def damaged(sums: dict[Path, str]) -> list[Path]:
     bad = []
 
     def check(path: Path, work: Work) -> None:
-        if digest(path, sums[path], work.tick) != sums[path]:
+        sha = start_sha(HubFile(path.name, bytes_in(path), sums[path]))
+        with open(path, "rb", buffering=0) as file:
+            for block in blocks(file):
+                sha.update(block)
+                work.tick(len(block))
+        if sha.hexdigest() != sums[path]:
             bad.append(path)
 
     in_parallel(check, sums, "verifying", total=sum(map(bytes_in, sums)))
     return sorted(bad)
 
 
-def digest(path: Path, like: str, tick: Callable[[int], None] = lambda count: None) -> str:
-    """A file's checksum of the kind of `like`: git's sha1 if that has 40 digits, else sha256."""
-    sha = hashlib.sha1(b"blob %d\0" % bytes_in(path)) if len(like) == 40 else hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        buffer = memoryview(bytearray(BLOCK))
-        while count := file.readinto(buffer):
-            sha.update(buffer[:count])
-            tick(count)
-    return sha.hexdigest()
+def start_sha(file: HubFile):
+    """The hash object of a file's checksum: git's sha1, of 40 digits, or sha256."""
+    if len(file.digest) == 40:
+        return hashlib.sha1(b"blob %d\0" % file.size)
+    return hashlib.sha256()
 
 
 def write_sums(folder: Path, small: list[HubFile], weights: list[HubFile]) -> None:
     """Write SHA256SUMS, the same on all nodes: also for the weights of their shares."""
     sums = {file.name: file.digest for file in weights if len(file.digest) == 64}
-    sums |= {file.name: digest(folder / file.name, "sha256") for file in small}
+    sums |= {file.name: file_sha256(folder / file.name) for file in small}
     replace_text(folder / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
 
 
