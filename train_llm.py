@@ -650,7 +650,7 @@ def prepare_rows(args: argparse.Namespace, processes: Processes) -> Rows:
     """
 
     def prepare() -> None:
-        words = [sys.executable, str(HERE / "download.py")]
+        words = [sys.executable, str(HERE / "download.py"), "--skip-model"]
         for name, value in row_inputs(args).items():
             if value is False:
                 words.append(f"--no-{name.replace('_', '-')}")
