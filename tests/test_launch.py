@@ -444,6 +444,14 @@ class Fleet(House):
     def login(self, host: str, script: str) -> None:
         (self.fakes / f"{host}.login").write_text(script)
 
+    def install(self, name: str, script: str) -> None:
+        (self.fakes / "bin" / name).write_text("#!/usr/bin/env bash\n" + script)
+        (self.fakes / "bin" / name).chmod(0o755)
+
+    def delay_tmux(self, host: str, seconds: int) -> None:
+        self.install("tmux", f"[[ $FAKE_HOST != {host} ]] || sleep {seconds}\n"
+                             f'exec {shutil.which("tmux")} "$@"\n')  # fmt: skip
+
     def told(self) -> list[str]:
         return (self.fakes / "ssh").read_text().splitlines()
 
@@ -539,28 +547,25 @@ def test_a_dead_host_keeps_the_others_from_starting_but_not_from_being_stopped(f
 
 
 def test_a_host_that_hangs_during_the_start_is_given_up_and_starts_nothing_later(fleet):
-    # it answers the check; told to start, it sleeps past the limit, and then wants to go on
-    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
-                '((n != 3)) || { trap "" TERM; sleep 9; }\n')  # fmt: skip
-    start = fleet.launch("--name", "half", *MODEL, SSH_SECONDS="2")
+    fleet.delay_tmux("node-1", 6)
+    start = fleet.launch("--name", "half", *MODEL, SSH_SECONDS="3")
     assert start.returncode == 1
     assert "node-1: gave no answer in time" in start.stderr
     assert "what did start is stopped" in start.stderr
-    time.sleep(8)
-    assert not fleet.alive("half")
+    wait_for((fleet.root / "logs/half/node-1/agent.log").exists)
+    wait_for(lambda: not fleet.alive("half"))
 
 
 def test_an_interrupted_start_takes_back_what_it_started(fleet):
-    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
-                "((n != 3)) || sleep 4\n")  # fmt: skip
+    fleet.delay_tmux("node-1", 3)
     start = fleet.popen("--name", "half", *MODEL)
     wait_for(lambda: fleet.alive("half") == ["node-10", "node-2"])
     start.terminate()
     _, err = start.communicate(timeout=60)
     assert start.returncode == 130
     assert "interrupted" in err
-    time.sleep(4)
-    assert not fleet.alive("half")
+    wait_for((fleet.root / "logs/half/node-1/agent.log").exists)
+    wait_for(lambda: not fleet.alive("half"))
 
 
 def test_a_clock_two_seconds_off_is_warned_of_and_what_bashrc_prints_is_ignored(fleet):
@@ -573,8 +578,8 @@ def test_a_clock_two_seconds_off_is_warned_of_and_what_bashrc_prints_is_ignored(
 
 
 def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
-    (fleet.fakes / "bin/nvidia-smi").write_text(
-        "#!/usr/bin/env bash\n"
+    fleet.install(
+        "nvidia-smi",
         'case "$*" in\n'
         f"  *compute-apps*) [[ $FAKE_HOST != node-1 ]] || echo '{os.getpid()}, other.py' ;;\n"
         "  *remapped*) echo 'No, No' ;;\n"
@@ -583,9 +588,8 @@ def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
         "     [[ $FAKE_HOST != node-10 ]] || used=9000\n"
         '     echo "0, NVIDIA H100 80GB HBM3, 570.1, $ecc, 4"\n'
         '     echo "1, NVIDIA H100 80GB HBM3, 570.1, [N/A], $used" ;;\n'
-        "esac\n"
+        "esac\n",
     )
-    (fleet.fakes / "bin/nvidia-smi").chmod(0o755)
     for number in (1, 2, 10):
         fleet.facts(f"node-{number}", gpus="2", cuda="13.0", nccl="(2, 28)")
     check = fleet.launch("check", "--name", "x", "--nproc-per-node", "gpu", *MODEL)
