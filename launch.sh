@@ -6,7 +6,7 @@
 #   check   look at every host, list all that is wrong, each with its remedy; start nothing
 #   status  each host: running, finished, failed or stopped, its last step and the age of that; exit
 #           status 0 unless something failed
-#   logs    copy every host's logs to logs/NAME/HOST/ here, show them as they grow, until the run ends
+#   logs    copy every host's logs to logs/NAME/HOST/ here, show them as they grow, until it ends
 #   errors  which rank failed first, with its last lines, and which were only ended because of it
 #   stop    ask the run to save and end, wait for that, then end every process it started
 #
@@ -84,7 +84,8 @@ main() {
     [[ ${port:=29500} =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] ||
         refuse "--port must be a number from 1 to 65535, not '$port'"
     choose_name
-    patience=${SSH_SECONDS:-60} grace=${STOP_GRACE_SECONDS:-300} kill_grace=${KILL_GRACE_SECONDS:-30}
+    patience=${SSH_SECONDS:-60} grace=${STOP_GRACE_SECONDS:-300}
+    kill_grace=${KILL_GRACE_SECONDS:-30}
     [[ $patience.$grace.$kill_grace =~ ^[0-9]+\.[0-9]+\.[0-9]+$ ]] ||
         refuse "SSH_SECONDS, STOP_GRACE_SECONDS and KILL_GRACE_SECONDS must be whole seconds"
     read_hosts
@@ -194,11 +195,11 @@ no_such_run() {
 
 # --- 2. To every host, and back ---------------------------------------------------------
 # A host may be dead, or hang after it let us in, and must not keep the others waiting; and what
-# costs is the connecting, a dozen messages to and fro. So every host gets one connection, all of them at
-# once, and is told one order after another over it: a function `host_...` of this file. An answer is
-# lines of KEY, tab, TEXT and a last line `done`; who has not said that in time is given up. The
-# functions, and the variables they read, travel over the standard input of ssh: nothing of them
-# (secrets, quotes, newlines) is on any command line, and they run only when they arrived whole.
+# costs is connecting, a dozen messages to and fro. So all hosts are called at once, each over one
+# connection for all that a verb asks, one order after another: a function `host_...` of this file.
+# An answer is lines of KEY, tab, TEXT and a last line `done`; who has not said that in time is
+# given up. The functions, and the variables they read, travel over the standard input of ssh: none
+# of it (secrets, quotes, newlines) is on a command line, and it runs only when it arrived whole.
 
 # call_hosts SECONDS: opens a connection to each of the `asked` hosts, which lasts that long at most
 call_hosts() {
@@ -207,8 +208,6 @@ call_hosts() {
     work=$(mktemp -d) # readable by this user alone
     # shellcheck disable=SC2016
     { echo '{ echo "clock ${EPOCHREALTIME/,/.}"'
-      printf 'cd %q || { echo "fail\tthere is no folder" %q"; copy the project there"; exit 3; }\n' \
-          "$PWD" "$PWD"
       for variable in $(compgen -e |
           grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$') "${environment[@]}"
       do printf 'export %s=%q\n' "$variable" "${!variable}"; done
@@ -216,6 +215,8 @@ call_hosts() {
           kill_grace run_id PYTHON
       # shellcheck disable=SC2046
       declare -f $(compgen -A function host_)
+      printf 'cd %q || { host_say fail there is no folder %q, copy the project there; exit 3; }\n' \
+          "$PWD" "$PWD"
       echo 'while IFS= read -r order; do (set -euo pipefail; eval "$order") < /dev/null 2>&1'
       echo 'host_say done $?; done; }'
     } > "$work/script"
@@ -238,7 +239,8 @@ connect() { # I SECONDS
     if [[ $host == localhost ]]; then set -- "$1" bash -c "$run"; else
         [[ $host != *:* ]] || at_port=(-p "${host##*:}")
         set -- "$1" ssh -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 \
-            -o ServerAliveCountMax=3 "${at_port[@]}" -- "${host%:*}" "exec timeout -k 5 $2 bash -c '$run'"
+            -o ServerAliveCountMax=3 "${at_port[@]}" -- "${host%:*}" \
+            "exec timeout -k 5 $2 bash -c '$run'"
     fi
     { "${@:2}" < <(exec cat "$work/script" "$work/to.$1") 2>&1 || code=$?
       printf '\ngone\t%d\n' "$code"; } | read_answers "$1"
@@ -255,7 +257,7 @@ read_answers() { # I
             printf '%d\tclock\t%s %s\n' "$1" "${line#clock }" "${EPOCHREALTIME/,/.}"
         elif [[ $line == gone$'\t'* || ( $started && $line == [a-z_.]*$'\t'* ) ]]; then
             if [[ $line == log$'\t'* ]]; then receive_log "$1" "${line#*$'\t'}"
-            else printf '%d\t%s\n' "$1" "${line:0:1000}"; fi # a pipe takes 4096 bytes at once, whole
+            else printf '%d\t%s\n' "$1" "${line:0:1000}"; fi # a pipe keeps 4096 bytes together
         elif [[ $line == *[![:space:]]* ]]; then printf '%d\tsaid\t%s\n' "$1" "${line:0:1000}"; fi
     done
 }
@@ -273,7 +275,7 @@ to=() group='' answers='' work=''
 # on_hosts FUNCTION SECONDS: the `asked` hosts run it; returns when all are done or given up. If one
 # cannot start, the others wait for it in vain, and nobody waits for them.
 on_hosts() {
-    local i key text left waiting=' ' deadline=$((EPOCHSECONDS + $2)) variable
+    local i key text left line waiting=' ' deadline=$((EPOCHSECONDS + $2)) variable
     local number host address first_rank interface run_dir
     for i in "${asked[@]}"; do
         if [[ ! ${to[i]:-} ]]; then blame "$i" "${dropped[i]}"; continue; fi
@@ -289,14 +291,17 @@ on_hosts() {
     while [[ $waiting != ' ' ]]; do
         left=$((deadline - EPOCHSECONDS))
         ((left > 0)) || break
-        IFS=$'\t' read -r -t "$left" i key text <&"$answers" || break
+        read -r -t "$left" line <&"$answers" || break # no IFS here: a trap would run with it
+        i=${line%%$'\t'*} text=${line#*$'\t'} key=${text%%$'\t'*}
+        text=${text#"$key"} text=${text#$'\t'}
         hear "$i" "$key" "$text"
         [[ $key != "done" && $key != gone ]] || waiting=${waiting/ $i / }
         [[ $1 != host_start || ! ${fact[$i,failed]:-} || $key == fail ]] || return 0
     done
-    for i in $waiting; do lose "$i" "gave no answer in time; look at it, or set SSH_SECONDS higher"; done
+    for i in $waiting; do lose "$i" "$too_late"; done
 }
 
+too_late='gave no answer in time; look at it, or set SSH_SECONDS higher'
 declare -A fact=() # what hosts said, by I,KEY
 dropped=() failures=()
 hear() { # I KEY TEXT
@@ -312,7 +317,7 @@ hear() { # I KEY TEXT
         gone)
             case $3 in
                 0 | 3) lose "$1" "broke off: $said" ;;
-                124 | 137) lose "$1" "gave no answer in time; look at it, or set SSH_SECONDS higher" ;;
+                124 | 137) lose "$1" "$too_late" ;;
                 255) lose "$1" "ssh cannot connect without a password: $said; make" \
                     "\`ssh -o BatchMode=yes HOST true\` work" ;;
                 *) lose "$1" "answered with exit code $3: $said" ;;
@@ -329,21 +334,25 @@ lose() { # I WHY
     [[ ${fact[$1,failed]:-} ]] || blame "$@"
 }
 
-# blame I TEXT: the same complaint about many hosts is told once.
+# blame I TEXT: a complaint about a host; the same one about many hosts is told once.
 complaints=() accused=() warnings=()
 blame() {
     local k text="${*:2}"
     fact[$1,failed]=1
     for k in "${!complaints[@]}"; do
-        [[ ${complaints[k]} != "$text" ]] || { accused[k]+=", ${hosts[$1]}"; return 0; }
+        [[ ${complaints[k]} != "$text" ]] || { accused[k]+="$1 "; return 0; }
     done
-    complaints+=("$text") accused+=("${hosts[$1]}")
+    complaints+=("$text") accused+=(" $1 ")
 }
 
 tell_complaints() { # [PREFIX]; fails if there is one
-    local k
+    local k i names
     for k in "${!complaints[@]}"; do
-        echo "launch.sh: ${1:-}${accused[k]}: ${complaints[k]}" >&2
+        names=''
+        for i in "${!hosts[@]}"; do # in the order of the file, not of the answers
+            [[ ${accused[k]} != *" $i "* ]] || names+="${names:+, }${hosts[i]}"
+        done
+        echo "launch.sh: ${1:-}$names: ${complaints[k]}" >&2
     done
     ((!${#complaints[@]}))
 }
@@ -388,7 +397,8 @@ look_at_hosts() {
     done
     on_hosts host_try $((10 * patience))
     for i in "${asked[@]}"; do
-        [[ ! ${fact[$i,unreachable]:-} || ${fact[0,taken]:-} ]] || blame "$i" "${fact[$i,unreachable]}"
+        [[ ! ${fact[$i,unreachable]:-} || ${fact[0,taken]:-} ]] ||
+            blame "$i" "${fact[$i,unreachable]}"
         [[ ${fact[$i,refused]:-} != 2 ]] || refusal=2
     done
     asked=("${!hosts[@]}")
@@ -409,7 +419,8 @@ find_rendezvous() {
 address_of() {
     local host=${hosts[$1]} found
     if [[ $host == localhost ]]; then echo 127.0.0.1; return; fi
-    found=$(ssh -T -G -- "${host%:*}" | sed -n 's/^hostname //p') || abort "ssh cannot read its config"
+    found=$(ssh -T -G -- "${host%:*}" | sed -n 's/^hostname //p') ||
+        abort "ssh cannot read its config"
     getent ahostsv4 "$found" | sed -n '1s/ .*//p' | grep . ||
         abort "$host: $found has no IPv4 address here; name it in /etc/hosts, or write its address"
 }
@@ -421,7 +432,8 @@ compare_hosts() {
     for i in "${asked[@]}"; do
         [[ ${fact[$i,gpus]:-} ]] || continue
         read -r clock arrival <<< "${fact[$i,clock]}"
-        skew=$(((10#${clock/./} - 10#${arrival/./}) / 1000)) # milliseconds; an answer's travel counts
+        # in milliseconds; an answer's travel counts
+        skew=$(((10#${clock/./} - 10#${arrival/./}) / 1000))
         skews[i]=$skew addresses[i]=${fact[$i,address]:-}
         if ((skew > 5000 || skew < -5000)); then
             blame "$i" "its clock is $(seconds "$skew") s off this machine's, and torchrun drops" \
@@ -449,8 +461,8 @@ compare_hosts() {
         for other in "${asked[@]}"; do
             [[ $other -lt $i && ${addresses[i]} && ${addresses[other]} == "${addresses[i]}" ]] ||
                 continue
-            blame "$i" "has the address ${addresses[i]} of ${hosts[other]}: the same machine under" \
-                "two names; remove one"
+            blame "$i" "has the address ${addresses[i]} of ${hosts[other]}: the same machine" \
+                "under two names; remove one"
         done
     done
     [[ $first ]] || return 0
@@ -473,11 +485,12 @@ order_ranks() {
     while read -r _ i; do
         ((position)) || rank_0=$i
         first_ranks[i]=$((position++ * ranks))
-    done < <(for i in "${!hosts[@]}"; do echo "${addresses[i]:-~} $i"; done | LC_ALL=C sort -s -k1,1)
+    done < <(for i in "${!hosts[@]}"; do echo "${addresses[i]:-~} $i"; done |
+        LC_ALL=C sort -s -k1,1)
 }
 
-# Which paths are the same place on every host? On a shared disk a file has the same number and the
-# same time of its last change, to the nanosecond, wherever it is looked at; on two disks never both.
+# Which paths are one place for all hosts? On a shared disk a file has the same number and the same
+# time of its last change, to the nanosecond, whoever looks; on two disks never both.
 sort_paths() {
     local i path count missing kind here
     local -A places=() listed=()
@@ -554,9 +567,12 @@ host_look() {
 
 host_disks() {
     local save=$save_dir home=${HF_HOME:-$HOME/.cache/huggingface} mib path place
-    [[ -d logs ]] || mkdir -p logs || { host_say fail "cannot make $PWD/logs; give this user the right to"; return 0; }
+    [[ -d logs ]] || mkdir -p logs || {
+        host_say fail "cannot make $PWD/logs; give this user the right to"
+        return 0
+    }
     until [[ -d $save ]]; do # the nearest folder that is there
-        if [[ $save == ?*/* ]]; then save=${save%/*}; elif [[ $save == /* ]]; then save=/; else save=.; fi
+        case $save in ?*/*) save=${save%/*} ;; /*) save=/ ;; *) save=. ;; esac
     done
     mapfile -t mib < <(df --block-size=1M --output=avail logs "$save" /dev/shm 2> /dev/null)
     host_say logs_gib $((mib[1] / 1024))
@@ -577,12 +593,12 @@ host_limits() {
     local files memory
     files=$(ulimit -Hn) # run.sh raises the soft limit to it
     [[ $files == unlimited ]] || ((files >= 4096)) ||
-        host_say fail "may open $files files at once (ulimit -Hn), training wants 4096; raise nofile" \
-            "in /etc/security/limits.conf"
+        host_say fail "may open $files files at once (ulimit -Hn), training wants 4096; raise" \
+            "nofile in /etc/security/limits.conf"
     memory=$(ulimit -Hl)
     [[ $memory == unlimited || ! -e /sys/class/infiniband ]] || ((memory > 1 << 26)) ||
-        host_say fail "has InfiniBand, but may lock $memory KiB of memory (ulimit -Hl); set memlock" \
-            "unlimited in /etc/security/limits.conf"
+        host_say fail "has InfiniBand, but may lock $memory KiB of memory (ulimit -Hl); set" \
+            "memlock unlimited in /etc/security/limits.conf"
 }
 
 host_network() {
@@ -593,7 +609,8 @@ host_network() {
     [[ ! $(ip -4 route get "$rendezvous" 2> /dev/null) =~ $route ]] ||
         interface=${BASH_REMATCH[1]} source=${BASH_REMATCH[2]}
     [[ $source && $source != 127.* ]] || {
-        host_say fail "has no route to the rendezvous host $rendezvous; ask: ip route get $rendezvous"
+        host_say fail "has no route to the rendezvous host $rendezvous; ask: ip route get" \
+            "$rendezvous"
         return 0
     }
     # the way to itself is the loopback: ask whose the address is
@@ -674,7 +691,7 @@ host_try() {
 # The first host listens on the rendezvous port until every other was there, each tries to reach it.
 host_test_port() {
     local holder
-    "$PYTHON" - "$number" "$rendezvous" "$port" "$run_id" "$host" "${#hosts[@]}" << 'EOF' && return 0
+    "$PYTHON" - "$number" "$rendezvous" "$port" "$run_id" "$host" "${#hosts[@]}" << 'EOF' &&
 import socket, sys, time
 number, address, port, token, host, hosts = sys.argv[1:]
 token, port, deadline = token.encode(), int(port), time.monotonic() + 8
@@ -708,9 +725,10 @@ while time.monotonic() < deadline:
     except OSError as error:
         why = str(error)
     time.sleep(0.3)
-print(f"unreachable\tcannot reach the rendezvous at {address}:{port} ({why}); open that port, or name"
-      " another with --port")
+print(f"unreachable\tcannot reach the rendezvous at {address}:{port} ({why}); open that port, or"
+      " name another with --port")
 EOF
+        return 0
     ((number == 0)) || return 0
     holder=$(ss -Hltnp "sport = :$port" 2> /dev/null |
         sed -nE '1s/.*users:\(\("([^"]+)",pid=([0-9]+).*/ by \1, process \2/p') || true
@@ -719,8 +737,8 @@ EOF
 
 # --- 4. Start ---------------------------------------------------------------------------
 # A run must outlive this shell, and what it was told must arrive unchanged. So on each host a
-# generated script holds the command, and a tmux server of this run alone runs it (a server passes on
-# the environment that its *first* session came with). Half a run is worse than none: if one host
+# generated script holds the command, and a tmux server of this run alone runs it (a server passes
+# on the environment that its *first* session came with). Half a run is worse than none: if one host
 # does not start, or this shell is interrupted, the others are stopped again.
 
 start() {
@@ -766,7 +784,8 @@ dry_run() {
         host_torchrun
         printf '%s:' "$host"
         printf ' %q' "${torchrun[@]}"
-        printf '\n  with %s and the variables %s\n' "PYTHON=$PYTHON" "${environment[*]:-of this shell}"
+        printf '\n  with PYTHON=%s and the variables %s\n' "$PYTHON" \
+            "${environment[*]:-of this shell}"
     done
     ((${#complaints[@]} == 0)) || refuse_to_start
     exit 0
@@ -779,7 +798,7 @@ tell_started() {
     echo "$name: $ranks $processors process(es) started on ${#hosts[@]} host(s): ${hosts[*]}"
     [[ $PWD == "$called_from" ]] || echo "in $PWD:"
     if [[ $shared_logs ]]; then echo "  follow:  find logs/ -name \\*stderr.log | xargs tail -f"
-    else echo "  follow:  bash launch.sh logs --name $name    (the logs are on each host's own disk)"; fi
+    else echo "  follow:  bash launch.sh logs --name $name    (they lie on the hosts' disks)"; fi
     printf '  watch:   python top-cluster.py %q%s\n' "$hosts_file" \
         "$([[ $save_dir == outputs ]] || printf ' --save-dir %q' "$save_dir")"
     echo "  stop:    bash launch.sh stop --name $name"
@@ -832,8 +851,8 @@ host_start() {
     exit 3
 }
 
-# Sets torchrun. Each $ is doubled because torchrun reads ${local_rank} and $$ in arguments as macros
-# (torch 2.13, elastic/utils/api.py).
+# Sets torchrun. Each $ is doubled because torchrun reads ${local_rank} and $$ in arguments as
+# macros (torch 2.13, elastic/utils/api.py).
 host_torchrun() {
     torchrun=("$PYTHON" -m torch.distributed.run --nproc-per-node "$ranks")
     if ((${#hosts[@]} == 1)); then torchrun+=(--standalone); else
@@ -848,7 +867,7 @@ host_torchrun() {
 
 # The script that tmux runs; %q keeps every byte of an argument. When another host makes the ranks
 # here start again, torchrun removes the logs of this attempt (torch 2.13, multiprocessing/api.py),
-# so a hard link to each is kept while it lives, and gets its name in kept/ when the original is gone.
+# so a hard link to each is kept while it lives, and gets its name in kept/ when the original went.
 host_write_run_script() {
     local keep=''
     ((max_restarts == 0)) || keep="
@@ -857,9 +876,11 @@ while sleep 1; do
     find $run_dir -path '*/attempt_*/std*.log' -printf '%p %i\\n' | while read -r log inode; do
         attempt=\${log#*/attempt_}
         attempt=\${attempt%/*}
-        ln \"\$log\" \"$run_dir/kept/attempt_\${attempt//\\//-}-\$inode-\${log##*/}.live\" 2> /dev/null
+        ln \"\$log\" \"$run_dir/kept/attempt_\${attempt//\\//-}-\$inode-\${log##*/}.live\" \\
+            2> /dev/null
     done
-    find $run_dir/kept -links 1 -name '*.live' | while read -r lost; do mv \"\$lost\" \"\${lost%.live}\"; done
+    find $run_dir/kept -links 1 -name '*.live' |
+        while read -r lost; do mv \"\$lost\" \"\${lost%.live}\"; done
 done &
 keeper=\$!"
     cat << EOF
@@ -907,7 +928,8 @@ status() {
             line+="  (rank 0)"
         echo "$name on ${hosts[i]}: $line"
         [[ ${fact[$i,state]} == running || ${fact[$i,left]:-0} == 0 ]] ||
-            echo "  but ${fact[$i,left]} process(es) of it are left: bash launch.sh stop --name $name"
+            echo "  but ${fact[$i,left]} process(es) of it are left:" \
+                "bash launch.sh stop --name $name"
         [[ ${fact[$i,state]} != failed* && ${fact[$i,state]} != ended* ]] ||
             echo "  who failed first: bash launch.sh errors --name $name"
     done
@@ -922,8 +944,8 @@ errors() {
     while IFS=$'\t' read -r kind time i rank local_rank code log message; do
         if [[ ! $kind ]]; then break; elif [[ ! $first ]]; then
             first=1 first_time=$time
-            echo "$name: first to fail: $rank on ${hosts[i]} (local rank or GPU $local_rank), $code," \
-                "at $(date -d "@$((time / 1000000))" '+%F %T').$(printf %06d $((time % 1000000)))"
+            echo "$name: first to fail: $rank on ${hosts[i]} (local rank or GPU $local_rank)," \
+                "$code, at $(date -d "@${time%??????}.${time: -6}" '+%F %T.%6N')"
             echo "  $message"
             echo "  the last lines of $log on ${hosts[i]}:"
             printf '%s' "${fact[$i,tail,$local_rank]:-}"
@@ -1009,7 +1031,8 @@ host_errors() {
     host_find_state
     [[ $state != none && $state != finished ]] || return 0
     host_say state "$state"
-    attempt=$(find "$run_dir" -newer "$run_dir/run.sh" -name 'attempt_*' -type d | sort -V | tail -n 1)
+    attempt=$(find "$run_dir" -newer "$run_dir/run.sh" -name 'attempt_*' -type d | sort -V |
+        tail -n 1)
     [[ ! -e $run_dir/agent.log ]] || table=$(host_failures)
     while read -r time rank local_rank code; do
         [[ $time ]] || continue
@@ -1050,14 +1073,15 @@ host_failure() { # SECONDS.MICROSECONDS KIND RANK LOCAL_RANK HOW LOG MESSAGE
 
 # What ended a process, by the last line that says so in its log.
 host_exception() {
-    grep -aE '^(\[rank[0-9]+\]: *)?([A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b|[A-Za-z_.]+: error:)' "$1" |
+    local says='[A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b|[A-Za-z_.]+: error:'
+    grep -aE "^(\[rank[0-9]+\]: *)?($says)" "$1" |
         tail -n 1 | tr '\t' ' ' | cut -c 1-300
 }
 
 # torchrun's tables of this start: seconds, rank, local rank, exit code
 host_failures() {
     sed "0,\|^==== $(< "$run_dir/run_id") started|d" "$run_dir/agent.log" | awk '
-        / time +: / {split($3, t, /[-_:]/); time = mktime(t[1] " " t[2] " " t[3] " " t[4] " " t[5] " " t[6])}
+        / time +: / {gsub(/[-_:]/, " ", $3); time = mktime($3)}
         / rank +: / {rank = $3; gsub(/[^0-9]/, "", $5); local_rank = $5}
         / exitcode +: / {print time ".000000", rank, local_rank, $3}'
 }
@@ -1109,8 +1133,8 @@ host_follow() {
             from=${offsets[$path]:-0}
             ((size > from)) || continue
             ((size - from <= 65536)) || { size=$((from + 65536)) more=1; }
-            printf 'log\t%s\t%s\t%s\n' "$from" "$path" \
-                "$(tail -c "+$((from + 1))" "$run_dir/$path" | head -c $((size - from)) | base64 -w 0)"
+            printf 'log\t%s\t%s\t%s\n' "$from" "$path" "$(tail -c "+$((from + 1))" \
+                "$run_dir/$path" | head -c $((size - from)) | base64 -w 0)"
             offsets[$path]=$size
         done < <(find "$run_dir" -type f \( -name '*.log' -o -name exit_code \) -printf '%s\t%P\n')
         echo || exit 0 # ends the loop when nobody listens
@@ -1121,9 +1145,9 @@ host_follow() {
 }
 
 # --- 7. Stop ----------------------------------------------------------------------------
-# The trainer saves and leaves at the next step if it finds the file stop-requested. That needs every
-# rank, so where a host has failed or cannot be reached nobody is asked. After that, and a grace,
-# what still carries the run's id gets SIGTERM, and after another SIGKILL.
+# The trainer saves and leaves at the next step if it finds the file stop-requested. That needs
+# every rank, so where a host has failed or cannot be reached nobody is asked. After that, and a
+# grace, what still carries the run's id gets SIGTERM, and after another SIGKILL.
 
 stop() {
     local i failed=0 reached=() known='' running=''
@@ -1198,8 +1222,8 @@ host_ask_to_end() {
     local deadline=$((SECONDS + grace)) told=$SECONDS
     mkdir -p "$(dirname "$request")"
     touch "$request"
-    [[ $host != "$speaker" ]] || host_say say "$name: asked to save and end at its next step; waiting" \
-        "up to $grace s (stop --now does not ask)"
+    [[ $host != "$speaker" ]] || host_say say "$name: asked to save and end at its next step;" \
+        "waiting up to $grace s (stop --now does not ask)"
     while [[ ! -e $run_dir/exit_code ]] && ((${#pids[@]} && SECONDS < deadline)); do
         sleep 0.5
         if [[ $host == "$speaker" ]] && ((SECONDS >= told + 10)); then

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
+from test_launch import wait_for, write_quick_python
 
 needed = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "tmux", "mount")
 missing = [tool for tool in needed if not shutil.which(tool, path="/usr/sbin:/sbin:/usr/bin:/bin")]
@@ -175,25 +176,21 @@ class Cluster:
             (to / "hosts").write_text(f"\n# three\n{lines}")
             if trainer:
                 (to / "train_llm.py").write_text(trainer)
+                write_quick_python(to / "python")
 
     def launch(self, folder: str, *words: str, on: str = "node-2", **environ):
         """launch.sh on a host, in its copy of the project."""
+        quick = self.project / folder / "python"  # beside a stand-in
+        python = quick if (self[on].project / folder / "python").exists() else sys.executable
         return subprocess.run(
             self[on].command("bash", self.project / folder / "launch.sh", *words),
             capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
-            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "PYTHON": sys.executable,
+            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "PYTHON": str(python),
                  "HF_HUB_OFFLINE": "1", "KILL_GRACE_SECONDS": "3", **environ},
         )  # fmt: skip
 
     def carriers(self, marker: str) -> dict[str, list[str]]:
         return {name: host.processes(marker) for name, host in self.hosts.items()}
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +252,12 @@ def losses(text: str) -> list[float]:
     return [json.loads(line)["loss"] for line in text.splitlines()]
 
 
+def has_ended(cluster: Cluster, folder: str, name: str) -> bool:
+    """Whether it wrote an exit code everywhere; to ask launch.sh all the time costs two cores."""
+    return all((host.project / folder / "logs" / name / host.name / "exit_code").exists()
+               for host in cluster.hosts.values())
+
+
 def state(cluster: Cluster, folder: str, name: str) -> str:
     return cluster.launch(folder, "status", "--name", name).stdout
 
@@ -267,7 +270,7 @@ def start_to_train(cluster: Cluster, folder: str, words: list, **environ) -> lis
     )
     assert started.returncode == 0, started.stderr
     assert f"is on {RANK_0} (10.97.0.10," in started.stdout
-    wait_for(lambda: "running" not in state(cluster, folder, name), 200)
+    wait_for(lambda: has_ended(cluster, folder, name), 200)
     status = cluster.launch(folder, "status", "--name", name)
     assert status.returncode == 0, cluster.launch(folder, "errors", "--name", name).stdout
     assert status.stdout.count(": finished, step 6 of 6") == 3, status.stdout
@@ -292,11 +295,12 @@ def test_three_hosts_train_to_the_losses_of_one_host_with_three_processes(
         shutil.copytree(tiny, host.project / "real/tiny")
         shutil.copy(corpus, host.project / "real/corpus.jsonl")
     recipe = ["--experiment-name", "three", "--max-steps", "6", "--seq-length", "32",
-              "--lr", "1e-3", "--global-batch-size", "6", "--log-freq", "1"]  # fmt: skip
-    data = ["--model-name", "tiny", "--dataset-name", "corpus.jsonl"]
-    three = start_to_train(cluster, "real", recipe + data)
+              "--lr", "1e-3", "--global-batch-size", "6", "--log-freq", "1",
+              "--rows-dir", str(tmp_path / "rows")]  # fmt: skip
     data = ["--model-name", str(tiny), "--dataset-name", str(corpus)]
     one = losses_on_one_host(recipe + data, tmp_path, "three", tmp_path)
+    data = ["--model-name", "tiny", "--dataset-name", "corpus.jsonl"]  # makes the same rows
+    three = start_to_train(cluster, "real", recipe + data)
     assert len(three) == 6
     assert three == pytest.approx(one, rel=1e-6)
     assert three[5] < three[0]
@@ -522,9 +526,10 @@ def test_stop_leaves_no_process_of_a_run_whose_agent_was_killed_and_no_other_is_
         " tr '\\0' ' ' < $p/cmdline | grep -q '^[^ ]*python[^ ]* -m torch.distributed.run'"
         " && kill -9 ${p#/proc/}; done"
     )
-    wait_for(lambda: "node-3: failed with exit code 137" in state(cluster, "stand-in", "stubborn"))
+    wait_for((cluster["node-3"].project / "stand-in/logs/stubborn/node-3/exit_code").exists)
     status = cluster.launch("stand-in", "status", "--name", "stubborn")
     assert status.returncode == 1
+    assert "node-3: failed with exit code 137" in status.stdout
     assert "process(es) of it are left" in status.stdout
     errors = cluster.launch("stand-in", "errors", "--name", "stubborn")
     assert "first to fail: torchrun on node-3" in errors.stdout
@@ -549,7 +554,7 @@ def test_stop_leaves_no_process_of_a_run_whose_agent_was_killed_and_no_other_is_
 def test_errors_tells_who_failed_first_from_who_only_lost_its_peers(cluster, bystander):
     words = ("--name", "failing", *QUICK, "fail")
     started = cluster.launch("stand-in", *words)
-    wait_for(lambda: "running" not in state(cluster, "stand-in", "failing"))
+    wait_for(lambda: has_ended(cluster, "stand-in", "failing"))
     errors = cluster.launch("stand-in", "errors", "--name", "failing")
     assert errors.returncode == 0, errors.stderr
     lines = errors.stdout.splitlines()
@@ -567,7 +572,8 @@ def test_the_logs_of_an_attempt_survive_a_restart(cluster, bystander):
     words = ("--name", "again", "--max-restarts", "1", *QUICK, "fail-once")
     started = cluster.launch("stand-in", *words)
     assert started.returncode == 0, started.stderr
-    wait_for(lambda: state(cluster, "stand-in", "again").count("finished") == 3)
+    wait_for(lambda: has_ended(cluster, "stand-in", "again"), 60)
+    assert state(cluster, "stand-in", "again").count("finished") == 3
     for rank, (name, host) in zip((1, 0, 2), cluster.hosts.items(), strict=True):
         logs = (host.project / "stand-in/logs/again" / name).rglob("*stderr.log")
         texts = [log.read_text() for log in logs]
