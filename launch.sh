@@ -51,7 +51,7 @@ refuse() { echo "launch.sh: $* (bash launch.sh -h tells the usage)" >&2; exit 2;
 
 main() {
     verb=start name='' ranks='' port='' max_restarts='' hosts_file='' options=() environment=()
-    dry_run='' force='' now='' given=''
+    dry_run='' force='' now='' given='' sources=()
     case ${1:-} in check | start | status | logs | errors | stop) verb=$1; shift ;; esac
     while (($#)); do
         case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
@@ -211,7 +211,7 @@ call_hosts() {
       for variable in $(compgen -e |
           grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$') "${environment[@]}"
       do printf 'export %s=%q\n' "$variable" "${!variable}"; done
-      declare -p name hosts options save_dir model data rows_dir demo max_restarts port grace \
+      declare -p name hosts options save_dir model data rows_dir demo sources max_restarts port grace \
           kill_grace run_id PYTHON
       # shellcheck disable=SC2046
       declare -f $(compgen -A function host_)
@@ -386,6 +386,7 @@ look_at_hosts() {
     local i
     refusal=1
     run_id=$name-$(< /proc/sys/kernel/random/uuid)
+    mapfile -t sources < <(find . -maxdepth 1 -name '*.py' ! -name top-cluster.py -printf '%f\n')
     find_rendezvous
     call_hosts $((13 * patience))
     on_hosts host_look "$patience"
@@ -447,7 +448,7 @@ compare_hosts() {
             blame "$i" "--nproc-per-node $ranks is more than its ${fact[$i,gpus]} GPUs"
         fi
         if [[ ! $first ]]; then first=$i; continue; fi
-        for key in train_llm.py download.py python torch cuda nccl transformers driver gpus; do
+        for key in "${sources[@]}" python torch cuda nccl transformers driver gpus; do
             theirs=${fact[$i,$key]:-none} ours=${fact[$first,$key]:-none}
             [[ $theirs != "$ours" ]] || continue
             case $key in
@@ -553,11 +554,11 @@ host_look() {
     host_find_processes
     ((!${#pids[@]})) || host_say fail "$name is already running; give another --name, or:" \
         "bash launch.sh stop --name $name"
-    for file in train_llm.py download.py; do
+    for file in "${sources[@]}"; do
         [[ -e $file ]] || host_say fail "has no $PWD/$file; copy the project there"
     done
     while read -r sum file; do host_say "$file" "$sum"; done < <(
-        sha256sum train_llm.py download.py 2> /dev/null)
+        sha256sum "${sources[@]}" 2> /dev/null)
     host_disks
     host_limits
     ((${#hosts[@]} == 1)) || host_network

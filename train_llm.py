@@ -222,7 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     model = build_model(args)  # on meta: names and shapes, no memory
     if args.check:
-        return print(describe(args, model, find_rows(args), planned_processes()))
+        check_node(args, model, processes := planned_processes())
+        return print(describe(args, model, find_rows(args), processes))
 
     processes = join_processes()
     rows = prepare_rows(args, processes)
@@ -280,6 +281,17 @@ def main(argv: list[str] | None = None) -> None:
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
+
+
+def check_node(args: argparse.Namespace, model: nn.Module, processes: "Processes") -> None:
+    """Raises InputError if this node lacks weights that it is to read, or room for checkpoints."""
+    folder = args.save_dir / args.experiment_name
+    first = processes.rank == 0
+    if first and not args.random_init and not checkpoints.whole_checkpoints(folder):
+        download.check_weights(args.model_name)
+    part = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / processes.world_size
+    parameters = sum(p.numel() for p in model.parameters())
+    checkpoints.check_room(folder, args, parameters=parameters, part=part, exports=first)
 
 
 def describe(

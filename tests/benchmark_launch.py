@@ -1,10 +1,10 @@
 """How long launch.sh takes to start and to stop many hosts: python tests/benchmark_launch.py [N]
 
-Each host is this machine, behind an ssh that waits 0.3 s (tests/fakes); tmux and every process that
-launch.sh starts are real, Python and torchrun are not. N hosts then do on these cores what real ones
-do each on its own. So every verb is timed twice: on such hosts, and on hosts that answer at once and
-do nothing. The second time is what the launcher itself takes, waiting for ssh included; the
-difference is the hosts' own work.
+Each host is this machine, behind an ssh that waits 0.3 s (tests/fakes); tmux and every process
+that launch.sh starts are real, Python and torchrun are not. N hosts then do on these cores what
+real ones do each on its own. So a verb is timed twice: on such hosts, and on hosts that answer at
+once and do nothing. The second time is the launcher's own; what is left after that, and after
+waiting for ssh, is the hosts' own work.
 """
 
 import os
@@ -18,11 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = ROOT / "tests" / "fakes"
 VERBS = {"start": ["start", "--name", "bench", "--", "--model-name", "m"],
-         "status": ["status", "--name", "bench"], "stop --now": ["stop", "--now", "--name", "bench"]}
+         "status": ["status", "--name", "bench"],
+         "stop --now": ["stop", "--now", "--name", "bench"]}
 
 
 def launch(folder: Path, words: list[str], **environ: str) -> tuple[float, int]:
-    """Seconds that the launcher took, and connections that it made one after another to each host."""
+    """Seconds that the launcher took, and connections it made one after another to each host."""
     (folder / "ssh").unlink(missing_ok=True)
     began = time.monotonic()
     done = subprocess.run(
@@ -38,8 +39,8 @@ def launch(folder: Path, words: list[str], **environ: str) -> tuple[float, int]:
 
 def main(hosts: int = 64, latency: float = 0.3) -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench"))
-    for name in ("launch.sh", "train_llm.py", "download.py"):
-        shutil.copy(ROOT / name, folder)
+    for path in (ROOT / "launch.sh", *ROOT.glob("*.py")):
+        shutil.copy(path, folder)
     (folder / "hosts").write_text("".join(f"node-{i}\n" for i in range(1, hosts + 1)))
     print(f"{hosts} hosts, {latency} s to connect, {os.cpu_count()} cores\n"
           "verb        seconds   connecting + launcher + the hosts' own work here")

@@ -164,7 +164,8 @@ def house(tmp_path_factory):
 def finished(house):
     started = house.launch(
         "--", "--experiment-name=done", "--model-name", "m", "--save-dir", "results",
-        "--then", "finish", "--nasty", *NASTY, cwd=Path("/"), OMP_NUM_THREADS="3", PYTHON=sys.executable,
+        "--then", "finish", "--nasty", *NASTY,
+        cwd=Path("/"), OMP_NUM_THREADS="3", PYTHON=sys.executable,
     )  # fmt: skip
     wait_for((house.logs("done") / "exit_code").exists)
     return started
@@ -614,6 +615,46 @@ def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
     assert "node-10: memory is in use on GPU 1 (9000 MiB), by no process seen here" in check.stderr
     assert "2 x NVIDIA H100" in check.stdout
     assert check.stderr.count("launch.sh: ") == 4  # three complaints, and that nothing was started
+
+
+def test_localhost_may_stand_among_hosts_behind_ssh(fleet):
+    fleet.write_hosts("localhost\nnode-2\n")
+    words = ("--name", "mixed", *MODEL)
+    shown = fleet.launch("--dry-run", *words, FAKE_HOST="node-1")  # this machine's address
+    # the second host is to reach the first: by the address from which the second is reached
+    assert shown.stdout.count("--rdzv-endpoint 10.1.0.1:29500") == 2, shown.stderr
+    start = fleet.launch(*words, FAKE_HOST="node-1")
+    assert start.returncode == 0, start.stderr
+    assert "2 CPU process(es) started on 2 host(s): localhost node-2" in start.stdout
+    assert not any(" localhost " in line for line in fleet.told())
+    assert fleet.alive("mixed") == ["localhost", "node-2"]
+    stop = fleet.launch("stop", "--now", "--name", "mixed")
+    assert stop.returncode == 0
+    assert not fleet.alive("mixed")
+
+
+def test_too_little_disk_shared_memory_or_open_files_are_told_with_their_remedy(fleet):
+    fleet.install("df", "echo Avail; case $FAKE_HOST in node-1) printf '%s\\n' 99 90000 400 ;;\n"
+                        "*) printf '%s\\n' 90000 90000 9000 ;; esac\n")  # fmt: skip
+    fleet.login("node-10", "ulimit -n 1000\n")
+    check = fleet.launch("check", "--name", "x", *MODEL)
+    assert check.returncode == 1
+    assert "node-1: has less than 1 GiB free in logs; make room" in check.stderr
+    assert "node-1: has 400 MiB free in /dev/shm, NCCL wants 512; in Docker: --shm-size 1g" in (
+        check.stderr)
+    assert "node-10: may open 1000 files at once (ulimit -Hn), training wants 4096" in check.stderr
+    assert check.stderr.count("launch.sh: ") == 4  # three complaints, and that nothing was started
+
+
+def test_check_tells_which_paths_are_one_place_for_all_hosts(fleet):
+    fleet.login("node-10", "export HF_HOME=$FAKES/other\n")
+    (fleet.fakes / "other").mkdir()
+    (fleet.root / "model").mkdir()
+    words = ("--", "--model-name", "model", "--dataset-name", "nowhere.jsonl")
+    check = fleet.launch("check", "--name", "x", *words, HF_HOME="")
+    assert check.returncode == 0, check.stderr
+    assert re.search(r"  disks +logs: shared; outputs: shared; model: shared", check.stdout)
+    assert "nowhere.jsonl" not in check.stdout
 
 
 def test_status_tells_the_slowest_rank_of_each_host_by_its_heartbeat(fleet):

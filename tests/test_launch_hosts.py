@@ -170,8 +170,8 @@ class Cluster:
         for host in self.hosts.values():
             to = host.project / folder
             to.mkdir()
-            for name in ("launch.sh", "train_llm.py", "download.py"):
-                shutil.copy(ROOT / name, to)
+            for path in (ROOT / "launch.sh", *ROOT.glob("*.py")):
+                shutil.copy(path, to)
             lines = "".join(f"{name} # it\n" for name in ADDRESSES)
             (to / "hosts").write_text(f"\n# three\n{lines}")
             if trainer:
