@@ -211,8 +211,8 @@ call_hosts() {
       for variable in $(compgen -e |
           grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$') "${environment[@]}"
       do printf 'export %s=%q\n' "$variable" "${!variable}"; done
-      declare -p name hosts options save_dir model data rows_dir demo sources max_restarts port grace \
-          kill_grace run_id PYTHON
+      declare -p name hosts options save_dir model data rows_dir demo sources max_restarts port \
+          grace kill_grace run_id PYTHON
       # shellcheck disable=SC2046
       declare -f $(compgen -A function host_)
       printf 'cd %q || { host_say fail there is no folder %q, copy the project there; exit 3; }\n' \
