@@ -451,6 +451,48 @@ def test_a_port_that_another_host_cannot_reach_is_found(cluster):
 
 
 @pytest.mark.drill
+def test_a_firewall_between_two_hosts_is_found_although_ssh_reaches_both(cluster):
+    # ports of a switch that are isolated talk to all others, but not to each other
+    isolate = "ip -n {} link set {} type bridge_slave isolated {}"
+    pair = [cluster.links["node-2"], cluster.links["node-3"]]
+    sh(";".join(isolate.format(cluster.switch, link, "on") for link in pair))
+    sh(f"ip -n {cluster['node-3'].namespace} neigh flush all")
+    try:
+        check = cluster.launch("stand-in", "check", "--name", "ill", *QUICK, "obey", on="node-10")
+    finally:
+        sh(";".join(isolate.format(cluster.switch, link, "off") for link in pair))
+    assert check.returncode == 1
+    assert "node-3: cannot reach the rendezvous at 10.97.0.2:29500 (" in check.stderr
+    assert "open that port, or name another with --port" in check.stderr
+    assert "node-10: " not in check.stderr
+
+
+@pytest.mark.drill
+def test_limits_and_disks_of_each_host_are_told_with_their_remedy(cluster):
+    mounts = {"node-2": "mount -t tmpfs -o size=300m tmpfs /dev/shm",
+              "node-10": f"mount -t tmpfs -o size=500m tmpfs {cluster.project}/stand-in/logs",
+              "node-3": "mount -t tmpfs tmpfs /sys/class && mkdir /sys/class/infiniband"}
+    for name, command in mounts.items():
+        (cluster[name].project / "stand-in/logs").mkdir(exist_ok=True)
+        cluster[name].sh(command)
+    try:
+        with cluster["node-3"].on_login("ulimit -l 64; ulimit -n 1024\n"):
+            check = cluster.launch("stand-in", "check", "--name", "ill", *QUICK, "obey")
+    finally:
+        for name, command in mounts.items():
+            cluster[name].sh("umount /" + command.partition(" tmpfs /")[2].split()[0])
+    assert check.returncode == 1
+    for told in (
+        r"node-2: has 300 MiB free in /dev/shm, NCCL wants 512; in Docker: --shm-size 1g, else:"
+        " mount -o remount,size=1g /dev/shm",
+        r"node-10: has less than 1 GiB free in logs; make room",
+        r"node-3: may open 1024 files at once \(ulimit -Hn\), training wants 4096; raise nofile",
+        r"node-3: has InfiniBand, but may lock 64 KiB of memory \(ulimit -Hl\); set memlock",
+    ):
+        assert re.search(told, check.stderr), check.stderr
+
+
+@pytest.mark.drill
 def test_an_option_that_the_trainer_refuses_is_told_once_for_all_hosts(cluster):
     trainer = "import sys; sys.stderr.write('no such option'); sys.exit(2)"
     cluster.copy_project("refusing", trainer=trainer)
@@ -474,6 +516,35 @@ def test_if_one_host_cannot_start_the_others_are_stopped(cluster):
     assert "what did start is stopped" in start.stderr
     assert "SIGTERM to" in start.stderr
     assert cluster.carriers("TRAIN_LLM_RUN_ID=half") == {name: [] for name in ADDRESSES}
+
+
+@pytest.mark.drill
+def test_a_launcher_that_is_terminated_while_it_starts_leaves_nothing(cluster):
+    # the last host is slow: it asks for its cores just before it starts
+    slow = cluster["node-3"].project / "stand-in/slow/nproc"
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\nsleep 15\necho 1\n")
+    slow.chmod(0o755)
+    with cluster["node-3"].on_login(f"PATH={cluster.project}/stand-in/slow:$PATH\n"):
+        start = subprocess.Popen(
+            cluster["node-2"].command("bash", cluster.project / "stand-in/launch.sh",
+                                      "--name", "cut", *QUICK, "obey"),
+            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={"PATH": os.environ["PATH"], "HOME": str(cluster.home),
+                 "PYTHON": str(cluster.project / "stand-in/python"), "KILL_GRACE_SECONDS": "3"},
+        )
+        marker = "TRAIN_LLM_RUN_ID=cut"
+        wait_for(lambda: all(cluster[name].processes(marker) for name in ("node-2", "node-10")))
+        # nsenter forks: the launcher is the process that carries the name of the run
+        cluster["node-2"].sh("for p in $(pgrep -f 'launch.sh --name cut'); do kill -TERM $p; done")
+        _, err = start.communicate(timeout=90)
+    assert start.returncode == 130
+    assert "interrupted" in err
+    assert "what did start is stopped" in err
+    time.sleep(16)  # until the slow host has got as far as to start
+    assert cluster.carriers(marker) == {name: [] for name in ADDRESSES}
+    agent = cluster["node-3"].project / "stand-in/logs/cut/node-3/agent.log"
+    assert not agent.exists(), "it was told that the run was given up"
 
 
 @pytest.mark.drill
