@@ -693,7 +693,7 @@ host_try() {
 host_test_port() {
     local holder
     "$PYTHON" - "$number" "$rendezvous" "$port" "$run_id" "$host" "${#hosts[@]}" << 'EOF' &&
-import socket, sys, time
+import contextlib, socket, sys, time
 number, address, port, token, host, hosts = sys.argv[1:]
 token, port, deadline = token.encode(), int(port), time.monotonic() + 8
 if number == "0":
@@ -718,14 +718,17 @@ if number == "0":
 why = "no answer"
 while time.monotonic() < deadline:
     try:
-        with socket.create_connection((address, port), timeout=3) as server:
-            server.sendall(host.encode())
-            if server.recv(200) == token:
-                sys.exit()
-            why = "another program answers"
+        server = socket.create_connection((address, port), timeout=3)
     except OSError as error:
         why = str(error)
-    time.sleep(0.3)
+        time.sleep(0.3)
+        continue
+    why = "another program answers"
+    with contextlib.suppress(OSError):
+        server.sendall(host.encode())
+        if server.recv(200) == token:
+            sys.exit()
+    break
 print(f"unreachable\tcannot reach the rendezvous at {address}:{port} ({why}); open that port, or"
       " name another with --port")
 EOF

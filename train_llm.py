@@ -1040,6 +1040,8 @@ def end_profile(profiler: torch.profiler.profile, folder: Path, rank: int) -> No
 class Heart:
     """A small file a rank, rewritten in place: what it does, and how far it is, for a monitor."""
 
+    newest = None  # of this process
+
     def __init__(self, folder: Path, steps: int, processes: Processes):
         path = folder / "heartbeats" / f"rank-{processes.rank:05}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1047,8 +1049,10 @@ class Heart:
         self.fixed = dict(rank=processes.rank, local_rank=processes.local_rank, pid=os.getpid(),
                           world_size=processes.world_size, host=platform.node(), steps=steps)
         self.beat("loading", 0)
+        Heart.newest = self
 
     def beat(self, phase: str, step: int) -> None:
+        self.step = step
         row = json.dumps(self.fixed | dict(phase=phase, step=step, time=time.time()))
         os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
 
@@ -1100,7 +1104,11 @@ if __name__ == "__main__":
     log.disabled = int(os.environ.get("RANK", 0)) > 0
     try:
         main()
-    except InputError as error:
+    except BaseException as error:
+        if Heart.newest:
+            Heart.newest.beat("failed", Heart.newest.step)
+        if not isinstance(error, InputError):
+            raise
         # All processes of a node may have found this error: the first one speaks, and torchrun then
         # ends the others. One still alive after ten seconds found an error of its own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
