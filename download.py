@@ -275,6 +275,45 @@ def find_model(name: str) -> Path:
                      f" ({reason}); check the name, the network and the access rights")
 
 
+def check_weights(name: str) -> None:
+    """Raises InputError if files of a model's weights are missing or cut short; reads no weight."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if is_local(name):
+        folder = Path(name).expanduser()
+    elif constants.HF_HUB_OFFLINE:
+        folder = Path(str(try_to_load_from_cache(name, "config.json"))).parent
+    else:
+        return  # what is not here yet will be fetched
+    remedy = "copy the model's files again, or start without its weights with --random-init"
+    for kind in ("model.safetensors", "pytorch_model.bin"):  # as transformers looks for them
+        index = folder / f"{kind}.index.json"
+        files = {kind}
+        if index.exists():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        lacking = sorted(file for file in files if not is_whole(folder / file))
+        if not lacking:
+            return
+        if index.exists() or (folder / kind).exists():
+            raise InputError(f"{len(lacking)} of the {len(files)} files of weights in {folder} are"
+                             f" missing or cut short, the first {lacking[0]}; {remedy}")
+    raise InputError(f"{folder} has no weights (model.safetensors); {remedy}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and, of safetensors, as long as its first bytes say."""
+    if not path.exists() or path.suffix != ".safetensors":
+        return path.exists()
+    with path.open("rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(length))
+        except (ValueError, OverflowError, MemoryError):
+            return False
+    ends = [about["data_offsets"][1] for name, about in tensors.items() if name != "__metadata__"]
+    return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
 def model_config(folder: Path) -> dict:
     """The model's config.json, or nothing if there is none: a tokenizer alone can make rows."""
     path = folder / "config.json"
