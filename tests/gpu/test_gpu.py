@@ -64,6 +64,8 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     for ranks in (1, 2)[:GPUS]:
         jobs = []
         for name, extra in options.items():
+            if "compile" in extra and ranks == 1:  # without accumulation
+                extra = extra | {"batch_size": BATCH}
             names[name, ranks] = folder / f"{name}-{ranks}"
             jobs.append({"do": "train", "no_sync": name == "no-sync", "argv": options_of(**dict(
                 experiment_name=f"{name}-{ranks}", save_dir=folder, rows_dir=rows_dir,
