@@ -199,12 +199,12 @@ def check_options(args: argparse.Namespace) -> None:
         if not args.compile:
             raise OptionError(f"--float8 {args.float8} is slower than bfloat16 unless its casts are"
                               " fused: add --compile")
-    if args.compile and torch.cuda.is_available() and args.global_batch_size > args.batch_size and (
-            int(os.environ.get("WORLD_SIZE", 1)) == 1):
+    alone = torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
+    if args.compile and alone and args.global_batch_size > args.batch_size:
         # torch 2.11: of weights that are not sharded, the compiler copies a gradient in float32 to
-        # a bfloat16 view, and stops, whenever it must compile anew while gradients are kept.
-        raise OptionError("--compile on a single GPU cannot accumulate gradients; raise --batch-size"
-                          " to --global-batch-size, use more GPUs, or leave --compile out")
+        # a bfloat16 view, and stops, when it must compile anew while gradients are kept.
+        raise OptionError("--compile on one GPU cannot accumulate gradients; let --batch-size be"
+                          " --global-batch-size, use more GPUs, or leave --compile out")
     if args.cpu_offload == "on" and not torch.cuda.is_available():
         raise OptionError("--cpu-offload on needs a GPU, and there is none; leave it out")
     if args.cpu_offload == "optimizer" and args.forward_prefetch:
