@@ -301,17 +301,18 @@ def check_weights(name: str) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there and, of safetensors, as long as its first bytes say."""
+    """Whether a file is there and, of safetensors, as long as its header says."""
     if not path.exists() or path.suffix != ".safetensors":
         return path.exists()
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
+        start = int.from_bytes(file.read(8), "little")
         try:
-            length = int.from_bytes(file.read(8), "little")
-            tensors = json.loads(file.read(length))
-        except (ValueError, OverflowError, MemoryError):
+            tensors = json.loads(file.read(min(start, bytes_in(path))))
+            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items()
+                    if name != "__metadata__"]
+        except (ValueError, KeyError, AttributeError, TypeError):
             return False
-    ends = [about["data_offsets"][1] for name, about in tensors.items() if name != "__metadata__"]
-    return path.stat().st_size == 8 + length + max(ends, default=0)
+    return bytes_in(path) == 8 + start + max(ends, default=0)
 
 
 def model_config(folder: Path) -> dict:
@@ -1191,19 +1192,6 @@ def verify_folder(folder: Path, *, skip_model: bool = False,
                          " command that fetched them fetches them anew, given --verify")
     print(f"{folder}: {sum(map(bool, known.values()))} of {len(names)} files have the checksums"
           f" kept with them; of {len(unknown)} weight files without one the sizes are right")
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of safetensors has the size that its header says."""
-    with open(path, "rb") as file:
-        start = int.from_bytes(file.read(8), "little")
-        try:
-            tensors = json.loads(file.read(min(start, bytes_in(path))))
-            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items()
-                    if name != "__metadata__"]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return False
-    return bytes_in(path) == 8 + start + max(ends, default=0)
 
 
 if __name__ == "__main__":
