@@ -205,9 +205,10 @@ no_such_run() {
 call_hosts() {
     local i variable fd
     hang_up
-    work=$(mktemp -d) # readable by this user alone
+    work=$(mktemp -d)
     # shellcheck disable=SC2016
-    { echo '{ echo "clock ${EPOCHREALTIME/,/.}"'
+    script=$(
+      echo '{ echo "clock ${EPOCHREALTIME/,/.}"'
       for variable in $(compgen -e |
           grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$') "${environment[@]}"
       do printf 'export %s=%q\n' "$variable" "${!variable}"; done
@@ -218,9 +219,8 @@ call_hosts() {
       printf 'cd %q || { host_say fail there is no folder %q, copy the project there; exit 3; }\n' \
           "$PWD" "$PWD"
       echo 'while IFS= read -r order; do (set -euo pipefail; eval "$order") < /dev/null 2>&1'
-      echo 'host_say done $?; done; }'
-    } > "$work/script"
-    read -r size _ < <(wc -c "$work/script")
+      echo 'host_say done $?; done; }')
+    size=$(LC_ALL=C; echo ${#script}) # in bytes
     mkfifo "$work/answers" "${asked[@]/#/$work/to.}"
     set -m # a process group for all connections: they are ended as a whole
     (set +m; for i in "${asked[@]}"; do connect "$i" "$1" & done; wait) > "$work/answers" 9>&- &
@@ -242,7 +242,7 @@ connect() { # I SECONDS
             -o ServerAliveCountMax=3 "${at_port[@]}" -- "${host%:*}" \
             "exec timeout -k 5 $2 bash -c '$run'"
     fi
-    { "${@:2}" < <(exec cat "$work/script" "$work/to.$1") 2>&1 || code=$?
+    { "${@:2}" < <(printf '%s' "$script"; exec cat "$work/to.$1") 2>&1 || code=$?
       printf '\ngone\t%d\n' "$code"; } | read_answers "$1"
 }
 
