@@ -215,7 +215,7 @@ def copy_model(source: Path, folder: Path) -> Path:
     """A copy of a model's folder with what hubs have besides, and training does not read."""
     shutil.copytree(source, folder)
     (folder / "original").mkdir()
-    for name in ("original/consolidated.00.pth", "pytorch_model.bin", "consolidated.safetensors",
-                 "README.md", ".gitattributes"):
+    for name in ("original/consolidated.00.pth", "original/tokenizer.model", "pytorch_model.bin",
+                 "consolidated.safetensors", "README.md", ".gitattributes"):
         (folder / name).write_bytes(b"not read " * 200)
     return folder

@@ -293,7 +293,7 @@ def test_ctrl_c_ends_it_and_the_same_command_goes_on(fetch, hub, home, source):
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "the same command goes on" in told
-    assert "Traceback" not in told
+    assert "Traceback" not in told and list(cache(home).glob("blobs/*.incomplete"))
     assert fetch().returncode == 0
     assert_whole(snapshot(hub, home), source, READ | set(SHARDS))
 
