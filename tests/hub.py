@@ -53,7 +53,8 @@ class Hub:
 
     `faults[FILE]`, or `faults["api"]` for the listing, is what goes wrong in successive requests:
     a status; "drop" or "stall" after half of the bytes; "corrupt" one byte; "whole", although a
-    part was asked for; "slow", a hundredth at a time; None for none. Then all is well again.
+    part was asked for; "slow" or "slower", a hundredth at a time, in 2 s or 20 s; None for none.
+    Then all is well again.
     """
 
     models: dict[str, Model] = field(default_factory=dict)  # by "name@revision"
@@ -183,14 +184,15 @@ class HubHandler(BaseHTTPRequestHandler):
     def send_bytes(self, path: Path, start: int, size: int, fault) -> None:
         end = start + (size - start) // 2 if fault in ("drop", "stall") else size
         with open(path, "rb") as file:
-            if fault in ("corrupt", "slow"):
+            if fault in ("corrupt", "slow", "slower"):
                 file.seek(start)
                 block = bytearray(file.read())
                 block[len(block) // 2] ^= fault == "corrupt"
-                step = len(block) // 100 + 1 if fault == "slow" else len(block)
+                seconds = dict(slow=2, slower=20).get(fault)
+                step = len(block) // 100 + 1 if seconds else len(block)
                 for first in range(0, len(block), step):
                     self.wfile.write(block[first : first + step])
-                    time.sleep(0.02 if fault == "slow" else 0)
+                    time.sleep((seconds or 0) / 100)
             else:
                 self.wfile.flush()
                 self.connection.sendfile(file, start, end - start)
@@ -215,7 +217,7 @@ def copy_model(source: Path, folder: Path) -> Path:
     """A copy of a model's folder with what hubs have besides, and training does not read."""
     shutil.copytree(source, folder)
     (folder / "original").mkdir()
-    for name in ("original/consolidated.00.pth", "pytorch_model.bin", "consolidated.safetensors",
-                 "README.md", ".gitattributes"):
+    for name in ("original/consolidated.00.pth", "original/tokenizer.model", "pytorch_model.bin",
+                 "consolidated.safetensors", "README.md", ".gitattributes"):
         (folder / name).write_bytes(b"not read " * 200)
     return folder
