@@ -515,8 +515,9 @@ def find_weights(
 
     def decide() -> None:
         nonlocal plan
-        seen = [store.get(f"seen by {rank}") for rank in range(processes.world_size)]
-        plan = weights.decide(model, args, [json.loads(report) for report in seen])
+        seen = [f"seen by {rank}" for rank in range(processes.world_size)]
+        store.wait(seen, timedelta(days=30))
+        plan = weights.decide(model, args, [json.loads(store.get(key)) for key in seen])
         store.set("plan", plan.to_json())
 
     store.set(f"seen by {processes.rank}", json.dumps(weights.look(args.model_name, processes)))

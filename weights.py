@@ -112,7 +112,7 @@ def look(model_name: str, processes: "Processes") -> dict:
         elif (folder / INDEX).exists():
             try:
                 report["promised"] = json.loads((folder / INDEX).read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 raise InputError(f"{folder / INDEX} is broken: {error}") from error
             for file in sorted(set(report["promised"].values())):
                 if (folder / file).exists():
@@ -260,9 +260,9 @@ def convert(model: nn.Module, model_name: str, why: str, stored: dict[str, Store
             model_name, dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # safetensors, pickle, json and transformers each raise theirs
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(
-            f"the weights of {model_name} cannot be read ({first_line});"
+            f"the weights of {model_name} cannot be read ({reason});"
             " fetch them again, or start without them with --random-init"
         ) from error
     missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
@@ -347,7 +347,7 @@ class ReadAhead:
 
 def file_reader(plan: Plan, folder: Path | None) -> Callable[[Piece, torch.Tensor], int]:
     """Reads a piece's bytes into a slot (uint8) and returns their number. Raises InputError."""
-    descriptors = {}  # opened by the first thread that needs it; a file opened twice does no harm
+    files = {}  # opened by the first thread that needs it; two threads may, which does no harm
 
     def read(piece: Piece, slot: torch.Tensor) -> int:
         stored = plan.tensors[piece.name]
@@ -359,12 +359,12 @@ def file_reader(plan: Plan, folder: Path | None) -> Callable[[Piece, torch.Tenso
             return size
         path = folder / stored.file
         try:
-            if stored.file not in descriptors:
-                descriptors[stored.file] = os.open(path, os.O_RDONLY)
+            if stored.file not in files:
+                files[stored.file] = path.open("rb", buffering=0)
             done, place = 0, stored.start + piece.first * dtype.itemsize
             while done < size:
                 free = memoryview(slot.numpy())[done:size]
-                count = os.preadv(descriptors[stored.file], [free], place + done)
+                count = os.preadv(files[stored.file].fileno(), [free], place + done)
                 if count == 0:
                     raise OSError(f"it ends at byte {place + done}")
                 done += count
@@ -438,10 +438,10 @@ def give_storage(
     for module in held:
         for tensors in (module._parameters, module._buffers):
             for key, meta in tensors.items():
-                if meta is None or not meta.is_meta:
+                if meta is None:
                     continue
                 if id(meta) not in made:
-                    tensor = make(meta)
+                    tensor = make(meta) if meta.is_meta else meta
                     if isinstance(meta, nn.Parameter):
                         tensor = nn.Parameter(tensor, requires_grad=meta.requires_grad)
                     made[id(meta)] = tensor, meta  # kept: another could get a lost one's id
@@ -516,7 +516,7 @@ class Filler:
     def finish(self, sharded: FSDP) -> None:
         """Raises InputError, on every rank, if a tensor is on meta or not finite."""
         self.ahead.threads.shutdown()
-        self.ahead = None  # its slab is no longer needed
+        self.ahead = None  # closes the files, frees the slab
         self.bar.close()
         for name, parameter, start in own_slices(sharded) if self.filled else ():
             first, last = self.filled[name]

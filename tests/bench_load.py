@@ -33,7 +33,7 @@ from on_ranks import AnonymousMemory
 with AnonymousMemory() as memory:
     started = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-    held = [parameter + 0 for parameter in model.parameters()] if sys.argv[2:] else []
+    held = [parameter.clone() for parameter in model.parameters()] if sys.argv[2:] else []
 print(json.dumps(dict(seconds=time.perf_counter() - started, anonymous_at_most=memory.most)))
 """
 
@@ -115,24 +115,49 @@ def measure(root: Path, args: argparse.Namespace, *, on_gpu: bool) -> dict:
                  dataset_name=write_corpus(root / "corpus.jsonl"), global_batch_size=args.ranks)}
             for name, case in cases.items()]
     plain = [plain_read_seconds(model)]
-    table = {}
-    for job, name in zip(jobs, cases, strict=True):
-        table[name] = job
-    on_ranks(args.ranks, jobs, root)
+    try:
+        on_ranks(args.ranks, jobs, root)
+    except AssertionError as error:  # the cases before it are told all the same
+        print(error, file=sys.stderr)
     plain.append(plain_read_seconds(model))
-    gigabytes = about["bytes"] / 1e9
-    table = {"plain parallel read, before": dict(seconds=plain[0]),
-             "plain parallel read, after": dict(seconds=plain[1])}
+    table = {f"plain parallel read, {when}": dict(seconds=seconds)
+             for when, seconds in zip(("before", "after"), plain, strict=True)}
     for name in cases:
-        ranks = [json.loads(Path(f"{root / name}.{r}").read_text()) for r in range(args.ranks)]
-        table[name] = ranks[0] | dict(seconds=max(rank["seconds"] for rank in ranks))
-        table[name]["seconds_a_layer"] = table[name]["seconds"] / about["layers"]
+        files = [Path(f"{root / name}.{rank}") for rank in range(args.ranks)]
+        if all(file.exists() for file in files):
+            ranks = [json.loads(file.read_text()) for file in files]
+            table[name] = ranks[0] | dict(seconds=max(rank["seconds"] for rank in ranks))
+            table[name]["seconds_a_layer"] = table[name]["seconds"] / about["layers"]
     if not on_gpu:
         table["from_pretrained, one process"] = from_pretrained(model)
+        table["from_pretrained and a copy of its values"] = from_pretrained(model, "held")
     for row in table.values():
-        row["gigabytes_per_second"] = gigabytes / row["seconds"]
+        row["gigabytes_per_second"] = about["bytes"] / 1e9 / row["seconds"]
         row["ratio"] = sum(plain) / 2 / row["seconds"]
     return about | {"cases": table}
+
+
+def print_projection(cases: dict, ranks: int) -> None:
+    """Llama 3.1 405B on 8 nodes of 8 GPUs, by the rates measured here and the speeds stated."""
+    gigabytes = 811.7  # 405.85e9 parameters in bfloat16
+    share = min(1, cases["spread, cold"]["ratio"])  # of the disk's speed
+    alone = cases["rank0, warm"]["gigabytes_per_second"]  # read, copied, sent by one process
+    each = cases["spread, warm"]["gigabytes_per_second"] / ranks  # one of many processes
+    print(f"\nProjection: {gigabytes} GB, {share:.2f} of the disks' speed; a rank takes in at most"
+          f" {each:.1f} GB/s, rank 0 alone sends at most {alone:.1f} GB/s\n\n"
+          "| files | way | disks, GB/s | network into a node, GB/s | s |\n|---|---|---|---|---|")
+    for files, way, disks, network, most in (
+        ("on node 0's NVMe disk", "rank0", 7, 50, alone),
+        ("on node 0's NVMe disk", "spread", 7, 50, 8 * each),
+        ("on four NVMe disks of node 0", "spread", 28, 50, 8 * each),
+        ("on each node's NVMe disk", "spread", 8 * 7, None, 64 * each),
+        ("split over the 8 nodes", "spread", 8 * 7, 50, 64 * each),
+        ("split over the 8 nodes, 25 Gbit/s", "spread", 8 * 7, 3, 64 * each),
+        ("on a shared drive", "spread", 2, None, 64 * each),
+        ("on a fast shared drive", "spread", 20, None, 64 * each),
+    ):
+        seconds = gigabytes / min(share * disks, network or most, most)
+        print(f"| {files} | {way} | {disks} | {network or '-'} | {seconds:,.0f} |")
 
 
 def main() -> None:
@@ -157,6 +182,8 @@ def main() -> None:
         print(f"| {name} | {row['seconds']:.2f} | {row['gigabytes_per_second']:.2f} |"
               f" {row['ratio']:.2f} | {row.get('seconds_a_layer', 0):.2f} |"
               f" {memory[0]:.2f}, {memory[1]:.2f} | {memory[2]:.2f} |")
+    if {"spread, cold", "spread, warm", "rank0, warm"} <= set(found["cases"]) and on_gpu:
+        print_projection(found["cases"], args.ranks)
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
