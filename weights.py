@@ -290,7 +290,7 @@ def convert(model: nn.Module, model_name: str, why: str, stored: dict[str, Store
 # threads read pieces with pread, each into its slot of one slab of host memory, in the order in
 # which they will be used, while earlier ones are sent. Cost: the slab, on each rank.
 
-THREADS, SLOTS = 8, 16
+SLOTS = 16  # and as many threads
 # Of a piece at most: on GPUs large, so that a broadcast is long against its latency.
 PIECE_BYTES = {"cuda": 1 << 26, "cpu": 1 << 23}
 
@@ -309,10 +309,11 @@ class ReadAhead:
 
     def __init__(self, pieces: list[Piece], read: Callable, device: torch.device):
         self.pieces, self.read, self.on_gpu = iter(pieces), read, device.type == "cuda"
-        self.threads = ThreadPoolExecutor(THREADS)
+        self.threads = ThreadPoolExecutor(SLOTS)
         self.reads: deque[tuple[Piece, torch.Tensor, Future]] = deque()
         slots, size = min(SLOTS, len(pieces)), PIECE_BYTES[device.type]
-        self.slab = torch.empty(slots, size, dtype=torch.uint8, pin_memory=self.on_gpu)
+        pin = self.on_gpu and slots > 0
+        self.slab = torch.empty(slots, size, dtype=torch.uint8, pin_memory=pin)
         self.taken: torch.Tensor | None = None
         for slot in self.slab:
             self.read_into(slot)
@@ -461,7 +462,7 @@ class Filler:
     def __init__(self, model: nn.Module, plan: Plan | None, unit_classes: set[type],
                  args: Namespace, processes: "Processes"):
         self.model, self.plan, self.processes = model, plan or Plan("from a checkpoint"), processes
-        self.seed, self.resuming = args.seed, plan is None
+        self.seed, self.resuming, self.started = args.seed, plan is None, time.perf_counter()
         self.module_names = {id(module): name for name, module in model.named_modules()}
         self.names = {key: names[0] for key, names in names_of_tensors(model).items()}
         self.units, self.pieces, turns = units_of(model, unit_classes), {}, itertools.count()
@@ -473,7 +474,6 @@ class Filler:
         read = file_reader(self.plan, find_folder(args.model_name))
         self.ahead = ReadAhead(mine, read, processes.device)
         self.filled: dict[str, tuple[int, int]] = {}  # first and last element, by tensor
-        self.started = time.perf_counter()
         self.bar = tqdm(total=self.bytes_of(self.plan.tensors), desc="weights", unit="B",
                         unit_scale=True, disable=not mine or processes.rank > 0, leave=False)
 

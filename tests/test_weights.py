@@ -25,7 +25,11 @@ MODELS = {  # name: (kind, dtype, bytes of a file at most, changes of the shape)
     "tied, one file": ("gemma", "float32", "1GB", {}),
     "other names": ("mixtral", "bfloat16", "30KB", {}),
 }
-LOADS = ["auto", "rank0"]  # auto takes spread wherever that is possible
+# (ranks, model or nodes, --load); auto takes spread wherever that is possible.
+CASES = [*itertools.product((1, 2, 3), MODELS, ("auto", "rank0")),
+         *itertools.product((2, 3, 4), ("split", "first only"), ("auto",)),
+         *itertools.product((2, 3, 4), ("first only",), ("rank0",)),
+         *itertools.product((4,), ("one file", "tied"), ("auto", "rank0"))]
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +59,10 @@ def nodes(models, tmp_path_factory) -> dict[str, list[Path]]:
 
 @pytest.fixture(scope="module")
 def arrived(models, nodes, tmp_path_factory) -> dict[tuple, list[dict]]:
-    """{(ranks, model or nodes, --load): reports of all ranks}, by one start of four processes."""
+    """{case: reports of all ranks}, by one start of four processes."""
     folder, jobs = tmp_path_factory.mktemp("arrived"), {}
     corpus = write_corpus(folder / "corpus.jsonl")
-    ways = [*itertools.product(models, LOADS), ("split", "auto"), ("first only", "auto"),
-            ("first only", "rank0")]
-    ways.remove(("other names", "rank0"))  # what auto does, too
-    for ranks, (name, load) in itertools.product((1, 2, 3, 4), ways):
-        if ranks == 1 and name in nodes:
-            continue
+    for ranks, name, load in CASES:
         jobs[ranks, name, load] = job = dict(
             do="compare", ranks=ranks, out=str(folder / str(len(jobs))), piece_bytes=4096,
             argv=options_of(
@@ -76,14 +75,12 @@ def arrived(models, nodes, tmp_path_factory) -> dict[tuple, list[dict]]:
                    for rank in range(case[0])] for case, job in jobs.items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", [*MODELS, "split", "first only"])
-def test_weights_arrive_bit_for_bit_by_every_way(name, ranks, arrived):
-    for case in (case for case in arrived if case[:2] == (ranks, name)):
-        for report in arrived[case]:
-            assert report["compared"] > 10
-            assert report["different"] == report["extra"] == report["meta"] == [], case
-            assert report["way"] == arrived[case][0]["way"], case
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_weights_arrive_bit_for_bit(case, arrived):
+    for report in arrived[case]:
+        assert report["compared"] > 10
+        assert report["different"] == report["extra"] == report["meta"] == []
+        assert report["way"] == arrived[case][0]["way"]
 
 
 def test_the_way_is_chosen_by_where_the_files_are(arrived):
