@@ -126,7 +126,7 @@ def add_up_offloaded_gradients(model: FSDP) -> None:
 # no slower than the GPU computes one; the first units, with nothing to hide behind, are waited for.
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """One FSDP unit on this rank: n elements of its flattened parameters, padding included."""
 

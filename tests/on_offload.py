@@ -12,6 +12,7 @@ import copy
 import functools
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -134,6 +135,7 @@ def hold_and_load(optimizer, model, slices, batches) -> dict:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     port, real_dtype = int(os.environ["MASTER_PORT"]), train_llm.compute_dtype
     for i, job in enumerate(jobs, start=1):
