@@ -19,6 +19,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import logging
@@ -31,7 +32,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -40,13 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-    offload_wrapper,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -56,7 +50,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoints
 import download
+import layers
 import offload
+import weights
 from checkpoints import clean, write_json
 from download import InputError
 
@@ -81,8 +77,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line, checked against each other. Raises OptionError."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.split("=")[0] == "--export" for word in argv):
+        return checkpoints.parse_export_args(ArgumentParser(allow_abbrev=False), argv)
     parser = ArgumentParser(
-        description="Train all the weights of a causal language model with PyTorch FSDP.",
+        description="Train all the weights of a causal language model with PyTorch FSDP. Or write"
+        " those of a checkpoint as an ordinary model: --export RUN_OR_CHECKPOINT --to FOLDER"
+        " [--export-dtype bfloat16], in one process and without any other option.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )
     add = parser.add_argument_group("run: where things are").add_argument
@@ -113,28 +114,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min-lr-ratio", type=float, default=0.1, help="end of the cosine, as a share of --lr")
     add("--weight-decay", type=float, default=0.01, help="on matrices; never on vectors")
     add("--max-grad-norm", type=float, default=1.0, help="clip to this norm; 0: never")
+    add("--float8", choices=["off", "tensorwise", "rowwise"], default="off",
+        help="matrix products of the layers in float8, scaled by tensor or by row; needs torchao")
 
     add = parser.add_argument_group("fit and speed: same result, other memory").add_argument
     add("--batch-size", type=int, default=1, help="rows in one forward pass on one rank")
-    add("--checkpoint-activations", choices=["off", "on", "offload"], default="off",
+    add("--checkpoint-activations", choices=["off", "on", "selective", "offload"], default="off",
         help="on: keep only each layer's input and recompute the rest in the backward pass;"
-        " offload: keep that input in host memory (on CPU processes the same as on)")
+        " selective: keep what matrix products and attention gave, too; offload: keep the input in"
+        " host memory (on CPU processes the same as on)")
     add("--cpu-offload", choices=["off", "on", "optimizer"], default="off",
         help="optimizer: float32 weights and AdamW's state in host memory, stepped beside the GPUs"
         " (16 bytes a parameter there, 2 on the GPU); on: all in host memory, and the GPUs wait")
-    add("--attn-implementation", default="sdpa", help="attention kernel, as transformers names it:"
-        " sdpa, eager, flash_attention_2, ...")
+    add("--attn-implementation", default="auto", help="attention kernel, as transformers names it"
+        " (sdpa, eager, flash_attention_2, ...), or varlen: PyTorch's own for rows of several"
+        " documents; auto: the fastest that is installed and right for this model and device")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="compile each decoder layer with torch.compile: a minute or two at the start")
+    add("--loss-chunk", type=int, default=2048, help="tokens whose logits exist at a time;"
+        " 0: those of all")
     add("--reduce-dtype", choices=["float32", "bfloat16"], default="float32",
         help="in which gradients are summed over ranks; bfloat16 halves that traffic")
     add("--forward-prefetch", action=argparse.BooleanOptionalAction, default=False,
         help="gather the next layer before this one's forward pass is issued")
     add("--limit-all-gathers", action=argparse.BooleanOptionalAction, default=True,
         help="let the host run at most two gathers ahead of the GPU")
+    add("--load", choices=["auto", "rank0", "spread"], default="auto", help="rank0: rank 0 reads"
+        " the weights and broadcasts them; spread: all ranks that see a file read parts of it;"
+        " auto: spread if the files' tensors have the model's names")
     add("--wrap-embedding", action=argparse.BooleanOptionalAction, default=True,
         help="shard nn.Embedding as a unit of its own, freed as soon as it was used")
 
     add = parser.add_argument_group("record: what is logged and kept").add_argument
     add("--log-freq", type=int, default=10, help="steps between two rows of metrics.jsonl")
+    add("--profile", type=int, metavar="STEP", help="write a Chrome trace of this step, and on GPUs"
+        " a snapshot of the memory, into SAVE_DIR/EXPERIMENT/profile")
     add("--ckpt-freq", type=int, default=500, help="steps between checkpoints, and one at the end;"
         " 0: none at all")
     add("--async-checkpoint", choices=["off", "on"], default="off", help="on: write checkpoints"
@@ -152,9 +166,9 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse what can be refused without touching a model or data set. Raises OptionError."""
     for least, names in {
         1: ("num_epochs", "max_steps", "global_batch_size", "batch_size", "log_freq",
-            "keep_checkpoints"),
+            "keep_checkpoints", "profile"),
         0: ("seed", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "lr",
-            "ckpt_freq"),
+            "ckpt_freq", "loss_chunk"),
         2: ("seq_length",),
     }.items():
         for name in names:
@@ -172,8 +186,19 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if Path(args.experiment_name).name != args.experiment_name or args.experiment_name[:1] in ".-":
         raise OptionError(f"--experiment-name {args.experiment_name!r} must be a plain folder name")
+    if args.random_init and args.load != "auto":
+        raise OptionError(f"--load {args.load} has no effect with --random-init; leave it out")
     if args.dataset_subset and Path(args.dataset_name).exists():
         raise OptionError("--dataset-subset has no effect on local files; leave it out")
+    if args.float8 != "off":
+        if importlib.util.find_spec("torchao") is None:
+            raise OptionError(f"--float8 {args.float8} needs torchao: pip install torchao")
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+            raise OptionError(f"--float8 {args.float8} needs a GPU with float8 units (H100, H200,"
+                              " B200, L40 or newer)")
+        if not args.compile:
+            raise OptionError(f"--float8 {args.float8} is slower than bfloat16 unless its casts are"
+                              " fused: add --compile")
     if args.cpu_offload == "on" and not torch.cuda.is_available():
         raise OptionError("--cpu-offload on needs a GPU, and there is none; leave it out")
     if args.cpu_offload == "optimizer" and args.forward_prefetch:
@@ -214,6 +239,8 @@ def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if "export" in args:  # one process, no training
+        return checkpoints.export_checkpoint(args.export, args.to, getattr(torch, args.dtype))
     model = build_model(args)  # on meta: names and shapes, no memory
     if args.check:
         return print(describe(args, model, find_rows(args), planned_processes()))
@@ -225,38 +252,41 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_run_folder(args, rows, processes)
     heart = Heart(folder, steps, processes)
     state = begin_or_resume(model, folder, args, processes)
-    saver = checkpoints.Saver(folder, args, processes, state.step)
-    meter = Meter(args, state, rows, folder / "metrics.jsonl", processes)
+    saver = checkpoints.Saver(folder, args, processes, state)
+    meter = Meter(args, state, rows, folder, processes)
     stop = StopRequest(folder)
     heart.beat("training", state.step)
     grad_accum_steps = args.global_batch_size // (args.batch_size * processes.world_size)
     while state.step < steps and not stop.agreed():
+        meter.begin_step(state.step)
         # ---- the step: everything that changes the weights ----
-        for group in state.optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(
-                state.step, warmup=args.warmup_steps, steps=steps, floor=args.min_lr_ratio
-            )
+        set_lr(state.optimizer, args.lr * lr_factor(
+            state.step, warmup=args.warmup_steps, steps=steps, floor=args.min_lr_ratio
+        ))
         torch.manual_seed(seed_of(args.seed, state.step, processes.rank))  # for dropout
         step_rows = rows_of_step(
             state.step, rows=len(rows), global_batch_size=args.global_batch_size, seed=args.seed
         )
-        targets = rows.count_targets(step_rows)  # over all ranks, known before the backward pass
+        # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
+        scale = processes.world_size / rows.count_targets(step_rows)  # known before any backward
         loss = torch.zeros((), device=processes.device)
         for micro_step in range(grad_accum_steps):
-            with meter.reading_data():
+            with meter.timing("data"):
                 batch = rows.batch(rows_of_rank(step_rows, micro_step, args, processes), processes)
-            loss_sum = token_loss(state.model, *batch)
-            # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
-            (loss_sum * (processes.world_size / targets)).backward()
-            loss += loss_sum.detach() / targets
-        loss = stop.sum_over_ranks(loss)
-        grad_norm = state.optimizer.clip_grad_norm_(args.max_grad_norm or math.inf)
-        state.hold_if_not_finite(loss, grad_norm)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+            with meter.timing("forward"):
+                scaled_loss = state.model(*batch, scale)
+            with meter.timing("backward"):
+                scaled_loss.backward()
+            loss += scaled_loss.detach() / processes.world_size
+        with meter.timing("update"):
+            loss = stop.sum_over_ranks(loss)
+            grad_norm = state.optimizer.clip_grad_norm_(args.max_grad_norm or math.inf)
+            state.hold_if_not_finite(loss, grad_norm)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
         state.step += 1
         # ---- the record: nothing below changes the weights ----
-        meter.add(loss, grad_norm)
+        meter.end_step(state.step, loss, grad_norm)
         heart.beat("training", state.step)
         if state.step % args.log_freq == 0 or saver.is_due(state.step):
             meter.write_row(state)  # and stop here if a value is not finite
@@ -268,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     state.optimizer.join()
     if state.step == steps and args.export_dtype != "none":
         heart.beat("exporting", state.step)
-        checkpoints.export_model(state.model, args, folder / "model", processes)
+        checkpoints.export_model(state, args, folder, processes)
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
@@ -280,6 +310,8 @@ def describe(
     """What will run, in words: nothing about precision, kernel or size is left to be assumed."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     compute = str(compute_dtype(processes.device)).removeprefix("torch.")
+    if args.float8 != "off":
+        compute += f", products of the layers in float8 {args.float8}"
     micro = args.batch_size * processes.world_size
     steps = planned_steps(args, rows) if rows else "known when rows are prepared"
     tied = ", tied embeddings" if tied_embeddings(model) else ""
@@ -291,7 +323,7 @@ def describe(
  sums {args.reduce_dtype}; export {args.export_dtype}; CPU offload {args.cpu_offload}
   attention  {model.config._attn_implementation}, documents in a row\
  {"apart" if args.document_mask else "see each other"}; activation checkpointing\
- {args.checkpoint_activations}
+ {args.checkpoint_activations}; layers {"compiled" if args.compile else "not compiled"}
   rows       {len(rows) if rows else "not prepared yet"}, {args.seq_length} tokens, from\
  {args.dataset_name}
   step       {args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens,\
@@ -403,9 +435,9 @@ class StopRequest:
 
 # --- 4. Model -------------------------------------------------------------------------------
 # 405 billion weights fit in no single memory. Every rank builds the model on the meta device
-# (shapes only); rank 0 alone opens the weights, memory-mapped, on its CPU. FSDP then wraps bottom
-# up, one unit at a time: the unit gets storage, rank 0 fills it, it is broadcast, and each rank
-# keeps its shard. Cost: no rank ever holds more than one unsharded unit, in float32.
+# (shapes only). FSDP then wraps bottom up, one unit at a time: the unit gets storage, weights.py
+# fills it from the files, read ahead by one rank or by all, and each rank keeps its shard. Cost: no
+# rank ever holds more than one unsharded unit, in float32.
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -423,61 +455,63 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             f"--seq-length {args.seq_length} is past the model's limit of {longest} positions"
             f" (max_position_embeddings of {args.model_name}); lower it"
         )
+    attention = args.attn_implementation
+    if attention == "auto":
+        attention = layers.fastest_attention(
+            config.get_text_config(), document_mask=args.document_mask
+        )
+    elif attention == "varlen" and not torch.cuda.is_available():
+        raise InputError("--attn-implementation varlen needs a GPU; use sdpa")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=args.attn_implementation
+                config, dtype=torch.float32, attn_implementation=attention
             )
     except (ImportError, ValueError, KeyError) as error:
         raise InputError(
-            f"{args.model_name} with --attn-implementation {args.attn_implementation}:"
-            f" {first_line(error)}; install what is missing, or use sdpa"
+            f"{args.model_name} with --attn-implementation {attention}: {first_line(error)};"
+            " install what is missing, or use sdpa"
         ) from None
     positions = "position_ids" in inspect.signature(model.forward).parameters
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    unmasked = {kind for kind in layers if not kind.endswith("attention") or "linear" in kind}
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    unmasked = {kind for kind in kinds if not kind.endswith("attention") or "linear" in kind}
     if args.document_mask and (not positions or unmasked):
         why = f"has {', '.join(sorted(unmasked))} layers" if unmasked else "takes no position_ids"
         raise InputError(
             f"{args.model_name} {why}, so documents in a row cannot be kept apart;"
             " accept that with --no-document-mask"
         )
+    if args.float8 != "off":
+        layers.in_float8(model, args.float8)
+    model.forward = layers.build_forward(
+        model, chunk=args.loss_chunk, document_mask=args.document_mask
+    )
     return model.train()
 
 
-def load_weights(args: argparse.Namespace, processes: Processes) -> nn.Module | None:
-    """On rank 0 the pretrained model, memory-mapped in its stored dtype; elsewhere None."""
-    source = None
+def find_weights(
+    model: nn.Module, args: argparse.Namespace, processes: Processes
+) -> weights.Plan:
+    """Which rank reads what: rank 0 decides, by which files each node sees."""
+    store, plan = processes.store, None
 
-    def open_weights() -> None:
-        nonlocal source
-        # Another dtype than the stored one would read and convert every weight here and now.
-        try:
-            source, report = AutoModelForCausalLM.from_pretrained(
-                args.model_name, dtype="auto", output_loading_info=True
-            )
-        except Exception as error:  # safetensors, pickle, json and transformers each raise theirs
-            raise InputError(
-                f"the weights of {args.model_name} cannot be read ({first_line(error)});"
-                " fetch them again, or start without them with --random-init"
-            ) from error
-        missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
-        if missing:
-            raise InputError(
-                f"the weights of {args.model_name} lack {len(missing)} tensors of the right shape,"
-                f" the first {missing[0]}; fetch the files again, or check that its config.json"
-                " belongs to them"
-            )
+    def decide() -> None:
+        nonlocal plan
+        seen = [store.get(f"seen by {rank}") for rank in range(processes.world_size)]
+        plan = weights.decide(model, args, [json.loads(report) for report in seen])
+        store.set("plan", plan.to_json())
 
-    if not args.random_init:
-        while_others_wait(open_weights, "weights", alone=processes.rank == 0, store=processes.store)
-    return source
+    store.set(f"seen by {processes.rank}", json.dumps(weights.look(args.model_name, processes)))
+    while_others_wait(decide, "weights", alone=processes.rank == 0, store=store)
+    plan = plan or weights.Plan.from_json(store.get("plan"))
+    log.info("weights: %s", plan.way)
+    return plan
 
 
 def shard(
-    model: nn.Module, source: nn.Module | None, args: argparse.Namespace, processes: Processes
+    model: nn.Module, plan: weights.Plan | None, args: argparse.Namespace, processes: Processes
 ) -> FSDP:
-    """`model` with its weights, sharded over all ranks; on rank 0 `source` is where they come from.
+    """`model` with its weights, sharded over all ranks; by no plan the weights are zero.
 
     Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
     unsharded, by name), `matmul_parameters`.
@@ -496,6 +530,7 @@ def shard(
     on_gpu = processes.device.type == "cuda"
     if processes.world_size == 1:  # FSDP then keeps whole parameters, and would say so every unit
         warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
+    filler = weights.Filler(model, plan, layer_classes | apart, args, processes)
     sharded = FSDP(
         model,
         device_mesh=init_device_mesh(processes.device.type, (processes.world_size,)),
@@ -503,84 +538,19 @@ def shard(
         auto_wrap_policy=functools.partial(
             transformer_auto_wrap_policy, transformer_layer_cls=layer_classes | apart
         ),
-        param_init_fn=build_filler(model, source, args.seed, processes),
-        sync_module_states=on_gpu,  # refuses CPU tensors: there the filler broadcasts itself
+        param_init_fn=filler,  # on every rank: there is nothing left for sync_module_states
         mixed_precision=mixed_precision if on_gpu else None,
         use_orig_params=True,
         cpu_offload=CPUOffload(offload_params=args.cpu_offload == "on"),
         forward_prefetch=args.forward_prefetch,
         limit_all_gathers=args.limit_all_gathers,
     )
-    if args.checkpoint_activations != "off":
-        # After FSDP: inside out, saved optimizer state would no longer find its parameters.
-        offload = args.checkpoint_activations == "offload"
-
-        def wrap(layer: nn.Module) -> nn.Module:
-            layer = checkpoint_wrapper(layer)
-            return offload_wrapper(layer) if offload else layer
-
-        apply_activation_checkpointing(
-            sharded,
-            checkpoint_wrapper_fn=wrap,
-            check_fn=lambda module: isinstance(module, tuple(layer_classes)),
-        )
-    check_filled(sharded)
+    # After FSDP: inside out, saved optimizer state would no longer find its parameters.
+    layers.recompute_or_compile(sharded, tuple(layer_classes), args)
+    filler.finish(sharded)
     for name, fact in facts.items():
         setattr(sharded, name, fact)
     return sharded
-
-
-def build_filler(
-    model: nn.Module, source: nn.Module | None, seed: int, processes: Processes
-) -> Callable[[nn.Module], None]:
-    """FSDP's `param_init_fn`: gives one module's own tensors storage and, on rank 0, their values.
-
-    Buffers that no file holds (rotary frequencies) are computed here, in float32: left alone they
-    would be what the memory contained, and taken from `source` be rounded to its stored dtype.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    sources = dict(zip(map(id, model.modules()), source.modules(), strict=True)) if source else {}
-    storage: dict[int, torch.Tensor] = {}  # by id of the meta tensor: tied ones share it
-
-    @torch.no_grad()
-    def fill(module: nn.Module) -> None:
-        own = []
-        for tensors in (module._parameters, module._buffers):
-            for name, meta in tensors.items():
-                if meta is None:
-                    continue
-                if meta.is_meta and id(meta) not in storage:
-                    tensor = torch.empty_like(meta, device=processes.device)
-                    if isinstance(meta, nn.Parameter):
-                        tensor = nn.Parameter(tensor, requires_grad=meta.requires_grad)
-                    storage[id(meta)] = tensor
-                tensors[name] = storage.get(id(meta), meta)
-                own.append(name)
-        computed = module._non_persistent_buffers_set  # by the model, not read from a file
-        if processes.rank == 0 and own and (source is None or computed):
-            # A seed for each module: the order in which units are wrapped does not matter.
-            torch.manual_seed(seed_of(seed, zlib.crc32(names[id(module)].encode())))
-            model._init_weights(module)
-        if processes.rank == 0 and source is not None:
-            for name in set(own) - computed:
-                getattr(module, name).copy_(getattr(sources[id(module)], name))
-        if processes.device.type == "cpu":
-            for name in own:
-                dist.broadcast(getattr(module, name), src=0)
-
-    return fill
-
-
-def check_filled(model: nn.Module) -> None:
-    """Raises InputError, on every rank, if a parameter or buffer is on meta or not finite."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    bad = [name for name, t in tensors.items() if t.is_meta or not torch.isfinite(t).all()]
-    found = torch.tensor(len(bad), device=next(model.parameters()).device)
-    dist.all_reduce(found)
-    if found.item():
-        names = f": {', '.join(map(clean, bad[:3]))}" if bad else " on other ranks"
-        raise InputError(f"{found.item()} tensors are not finite after loading{names};"
-                         " check the model's files")
 
 
 def decoder_layer_classes(model: nn.Module) -> set[type]:
@@ -632,22 +602,25 @@ class Rows:
         return max(1, int(self.targets[indices].sum(dtype=np.int64)))
 
     def batch(self, indices: np.ndarray, processes: Processes) -> tuple[torch.Tensor | None, ...]:
-        """input_ids, labels and position_ids, each (B, T) int64, on the device.
+        """input_ids, labels, position_ids, each (B, T) int64, and documents, int32, on the device.
 
         labels[b, t] is the token to predict after input_ids[b, t], or -100 if it is no target.
-        Positions restart at each document, which is how transformers keeps documents apart.
+        Documents are kept apart by positions that restart, or, by kernels of variable length, by
+        the places of their first tokens among the B * T of the batch; B * T ends that list, again
+        and again up to a power of two, lest each number of documents be compiled for anew.
         """
         tokens = self.tokens[indices].astype(np.int64)
         marks = self.marks[indices]
         labels = np.full_like(tokens, -100)
         labels[:, :-1] = np.where(marks[:, 1:] & download.TARGET, tokens[:, 1:], -100)
-        positions = None
-        if self.meta["document_mask"]:
-            here = np.arange(tokens.shape[1])
-            starts = np.where(marks & download.STARTS, here, 0)
-            positions = here - np.maximum.accumulate(starts, axis=1)
-        return tuple(a if a is None else to_device(a, processes.device)
-                     for a in (tokens, labels, positions))
+        starts = np.where(marks & download.STARTS, np.arange(tokens.shape[1]), 0)
+        if not self.meta["document_mask"]:
+            starts[:] = 0
+        positions = np.arange(tokens.shape[1]) - np.maximum.accumulate(starts, axis=1)
+        first = np.flatnonzero(positions == 0)
+        documents = np.full(1 << len(first).bit_length(), tokens.size, np.int32)
+        documents[: len(first)] = first
+        return tuple(to_device(a, processes.device) for a in (tokens, labels, positions, documents))
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -753,17 +726,6 @@ def rows_of_rank(
 # Cost: 16 bytes a parameter (weights, gradients, two moments), divided by the number of ranks.
 
 
-def token_loss(
-    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None
-) -> torch.Tensor:
-    """Sum of the cross entropy, in float32, over the targets among `labels` (B, T)."""
-    given = {} if positions is None else {"position_ids": positions}
-    logits = model(input_ids=input_ids, use_cache=False, **given).logits  # (B, T, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-
-
 def build_optimizer(
     model: FSDP, args: argparse.Namespace, processes: Processes
 ) -> "offload.ShardAdamW | offload.HostAdamW":
@@ -788,6 +750,11 @@ def build_optimizer(
     if args.cpu_offload == "on" and args.global_batch_size > args.batch_size * processes.world_size:
         offload.add_up_offloaded_gradients(model)
     return offload.ShardAdamW(model, adamw)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def lr_factor(step: int, *, warmup: int, steps: int, floor: float) -> float:
@@ -837,8 +804,10 @@ def begin_or_resume(
     found = checkpoints.find_checkpoints(folder)
     if args.cpu_offload != "off" and processes.device.type == "cuda":
         offload.use_cores_near_gpu(processes.local_rank)
-    source = None if found else load_weights(args, processes)
-    sharded = shard(model, source, args, processes)
+    if processes.rank == 0 and not found:
+        checkpoints.keep_model_files(model, args, folder)
+    plan = None if found else find_weights(model, args, processes)
+    sharded = shard(model, plan, args, processes)
     state = TrainState(sharded, build_optimizer(sharded, args, processes))
     if found:
         checkpoints.load_newest(found, state, processes)
@@ -859,6 +828,9 @@ PEAK_FLOPS = {
 }
 
 
+PHASES = ("data", "forward", "backward", "update")
+
+
 class Meter:
     """Time, throughput and memory of a run; writes `metrics.jsonl` and shows progress on rank 0.
 
@@ -868,8 +840,9 @@ class Meter:
     with --cpu-offload optimizer it is of the step before, the last that has ended.
     """
 
-    def __init__(self, args, state: TrainState, rows: Rows, path: Path, processes: Processes):
-        self.args, self.path, self.rows, self.processes = args, path, rows, processes
+    def __init__(self, args, state: TrainState, rows: Rows, folder: Path, processes: Processes):
+        self.args, self.rows, self.processes = args, rows, processes
+        self.path = path = folder / "metrics.jsonl"
         if processes.rank == 0:  # rows of steps that were lost are written anew
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.step))
@@ -878,21 +851,43 @@ class Meter:
             config, state.model.matmul_parameters, args.seq_length
         )
         self.pending: list[torch.Tensor] = []
-        self.data_seconds, self.row_started = 0.0, time.perf_counter()
+        self.spans: list[tuple] = []  # (phase, its start, its end)
+        self.row_started = time.perf_counter()
         steps = planned_steps(args, rows)
         self.bar = tqdm(
             total=steps, initial=state.step, disable=processes.rank != 0, unit="step"
         )
 
     @contextlib.contextmanager
-    def reading_data(self) -> Iterator[None]:
-        started = time.perf_counter()
+    def timing(self, phase: str) -> Iterator[None]:
+        started = self.now()
         yield
-        self.data_seconds += time.perf_counter() - started
+        self.spans.append((phase, started, self.now()))
 
-    def add(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    def now(self):
+        """A moment in the work of the device: on a GPU an event, so the host does not wait."""
+        if self.processes.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mean_seconds(self, phase: str) -> float:
+        """Of this phase in a step, since the row before; the device must be done with it."""
+        spans = [(start, end) for name, start, end in self.spans if name == phase]
+        if self.processes.device.type == "cuda":
+            return sum(start.elapsed_time(end) for start, end in spans) / 1e3 / len(self.pending)
+        return sum(end - start for start, end in spans) / len(self.pending)
+
+    def begin_step(self, step: int) -> None:
+        if self.args.profile == step + 1:
+            self.profiler = start_profile()
+
+    def end_step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         self.pending.append(torch.stack((loss, grad_norm.to(loss))))
         self.bar.update()
+        if self.args.profile == step:
+            end_profile(self.profiler, self.path.parent / "profile", self.processes.rank)
 
     def write_row(self, state: TrainState) -> None:
         """Raises InputError on every rank if a loss or norm since the last row is not finite."""
@@ -921,8 +916,8 @@ class Meter:
             "tokens_per_second_per_gpu": per_gpu,
             "mfu": self.mfu(per_gpu),
             "step_seconds": step_seconds,
-            "data_seconds": self.data_seconds / len(values),
-            "peak_memory_gib": peak_memory_gib(self.processes.device),
+            **{f"{phase}_seconds": self.mean_seconds(phase) for phase in PHASES},
+            **peak_memory(self.processes.device),
             "epoch": state.step * self.args.global_batch_size / len(self.rows),
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
@@ -933,7 +928,8 @@ class Meter:
                 f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
             )
         self.pending.clear()
-        self.data_seconds, self.row_started = 0.0, now
+        self.spans.clear()
+        self.row_started = now
 
     def mfu(self, tokens_per_second_per_gpu: float) -> float | None:
         if self.processes.device.type != "cuda" or self.flops_per_token is None:
@@ -972,11 +968,32 @@ def flops_per_token(config, matmul_parameters: int, seq_length: int) -> float | 
     return 6 * matmul_parameters + 6 * config.num_hidden_layers * heads * head_dim * seq_length
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory so far: allocated on the GPU, or resident in a CPU process (GiB)."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Most so far, in GiB: allocated and reserved on the GPU, or resident in a CPU process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+                "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
+    return {"peak_memory_gib": resident / 2**20}
+
+
+def start_profile() -> torch.profiler.profile:
+    if torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(max_entries=200_000)
+    profiler = torch.profiler.profile(record_shapes=True)
+    profiler.start()
+    return profiler
+
+
+def end_profile(profiler: torch.profiler.profile, folder: Path, rank: int) -> None:
+    """Write trace-RANK.json.gz, and memory-RANK.pickle for pytorch.org/memory_viz."""
+    folder.mkdir(exist_ok=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank}.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    profiler.stop()
+    profiler.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))
 
 
 class Heart:

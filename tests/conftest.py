@@ -41,7 +41,8 @@ def build_tokenizer(folder: Path) -> int:
     return len(fast)
 
 
-def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", **changes) -> Path:
+def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", file_bytes="1GB",
+                     **changes) -> Path:
     """A two-layer model of the named architecture, with its tokenizer, saved in `folder`."""
     import torch
     import transformers
@@ -52,12 +53,14 @@ def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", **ch
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=128,
         initializer_range=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )
-    name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "mistral": "Mistral"}[kind]
-    extra = {"gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9}}
+    name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
+            "mistral": "Mistral", "deepseek": "DeepseekV3", "mixtral": "Mixtral"}[kind]
+    extra = {"gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9},
+             "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}}
     config = getattr(transformers, f"{name}Config")(**shape | extra.get(kind, {}) | changes)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=file_bytes)
     return folder
 
 
@@ -96,7 +99,9 @@ def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedPr
     )
 
 
-def torchrun(ranks: int, script: str, *options, **env) -> subprocess.CompletedProcess:
+def torchrun(
+    ranks: int, script: str, *options, timeout: float = 300, **env
+) -> subprocess.CompletedProcess:
     """A script of the project under torchrun, on one node."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -104,16 +109,16 @@ def torchrun(ranks: int, script: str, *options, **env) -> subprocess.CompletedPr
     return run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
          "--master-addr", "127.0.0.1", "--master-port", port, script, *options],
-        timeout=300, **env,
+        timeout=timeout, **env,
     )
 
 
-def on_ranks(ranks: int, jobs: list[dict], folder: Path) -> None:
+def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300) -> None:
     """Run the jobs of tests/on_ranks.py, all in one start of `ranks` processes."""
     file = folder / f"jobs-{ranks}.json"
     file.write_text(json.dumps(jobs))
-    done = torchrun(ranks, "tests/on_ranks.py", file)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = torchrun(ranks, "tests/on_ranks.py", file, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-30000:]
 
 
 def options_of(**options) -> list[str]:

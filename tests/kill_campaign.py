@@ -1,6 +1,6 @@
 """Kill a run with -9, again and again, mostly while it saves, and see that nothing is ever lost.
 
-    python tests/kill_campaign.py [--kills 100] [--seed 0]
+    python tests/kill_campaign.py [--kills 100] [--seed 0] [--async-checkpoint on]
 
 A run of two ranks saves after every step. Each time it is started, one or both of its ranks are
 killed: three times in four within a save (somewhere after a folder without `.metadata` appears),
@@ -68,7 +68,7 @@ def wait_for_moment(folder: Path, rng: random.Random, *, in_save: bool, begun: i
     while time.monotonic() < deadline and last_step(folder) < begun + rng.randint(1, 3):
         time.sleep(0.005)
     while in_save and time.monotonic() < deadline and not is_saving(folder):
-        pass
+        time.sleep(0.001)
     time.sleep(rng.random() * (0.02 if in_save else 0.5))
     return is_saving(folder)
 
@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--async-checkpoint", choices=["off", "on"], default="off")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     rng, began, steps = random.Random(args.seed), time.monotonic(), 4 * args.kills
@@ -90,7 +91,7 @@ def main() -> None:
             save_dir=root, rows_dir=root / "rows", model_name=build_tiny_model(root / "tiny"),
             dataset_name=write_corpus(root / "corpus.jsonl"), seq_length=32, global_batch_size=4,
             max_steps=steps, num_epochs=steps, lr=1e-3, log_freq=1, ckpt_freq=1,
-            checkpoint_activations="on",
+            checkpoint_activations="on", async_checkpoint=args.async_checkpoint,
         )
         download.prepare_rows(model_name=str(options["model_name"]), seq_length=32,
                               dataset_name=str(options["dataset_name"]), rows_dir=root / "rows")

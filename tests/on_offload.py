@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import layers
 import offload
 import train_llm
 
@@ -53,7 +54,7 @@ def plain_step(model, batches, masters, slices, adamw, *, norm, clip) -> None:
     named = dict(model.named_parameters())
     total = {name: torch.zeros(p.shape) for name, p in named.items()}
     for batch in batches:
-        loss = train_llm.token_loss(model, *batch, None)
+        loss = model(*batch, None, None, 1.0)
         for name, gradient in zip(named, torch.autograd.grad(loss, named.values()), strict=True):
             dist.all_reduce(gradient.div_(dist.get_world_size()))
             total[name] += gradient.float()
@@ -71,8 +72,9 @@ def compare(argv: list[str], out: str, dtype: str) -> None:
     args = train_llm.parse_args(argv)
     processes = train_llm.join_processes()
     model = train_llm.build_model(args)
-    model = train_llm.shard(model, train_llm.load_weights(args, processes), args, processes)
+    model = train_llm.shard(model, train_llm.find_weights(model, args, processes), args, processes)
     plain = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
+    plain.forward = layers.build_forward(plain, chunk=args.loss_chunk, document_mask=False)
     whole = {name: p.detach().clone() for name, p in plain.named_parameters()}
     for parameter in plain.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -93,7 +95,7 @@ def compare(argv: list[str], out: str, dtype: str) -> None:
     for step in range(3):
         batches = [torch.randint(0, 300, (2, 2, 16)) for _ in range(2)]
         for batch in batches:
-            train_llm.token_loss(model, *batch, None).backward()
+            model(*batch, None, None, 1.0).backward()
         norm = optimizer.clip_grad_norm_(1.0).item()
         optimizer.step()
         plain_step(plain, batches, masters, slices, adamw, norm=norm, clip=1.0)
@@ -121,7 +123,7 @@ def hold_and_load(optimizer, model, slices, batches) -> dict:
     moved = []
     for bad in (1.0, 0.0):
         optimizer.found_inf = torch.tensor(bad)
-        train_llm.token_loss(model, *batches[0], None).backward()
+        model(*batches[0], None, None, 1.0).backward()
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.join()

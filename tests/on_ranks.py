@@ -2,15 +2,26 @@
 
     torchrun ... tests/on_ranks.py JOBS.json
 
-A job is {"do": "train", "argv": [...]}, the script's own `main`, or {"do": "compare", "argv": ...,
+A job is {"do": "train", "argv": [...]}, the script's own `main` (with "no_sync": true, waiting for
+the GPU within a step, after the second, is an error); {"do": "compare", "argv": ...,
 "out": PATH}: shard a model as the script does, gather every tensor again, and write to PATH.RANK
-which of them are not bit for bit those of `from_pretrained`.
+which of them are not bit for bit those of `from_pretrained`; or {"do": "load", "argv": ...,
+"out": PATH, "cold": true}: shard a model, and write to PATH.RANK how long it took and how much
+anonymous memory this process had at most. In "train" with "apart", each rank is a host of its own,
+and "HOST" in its words is its number; with "refused": PATH, its InputError is written to PATH.RANK.
+"nodes": [FOLDER, ...] makes a `compare` one of several nodes, each with some of the ranks and a
+model folder of its own; "ranks": N leaves a job to the first N processes.
 """
 
+import contextlib
+import functools
 import gc
 import json
 import os
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,12 +33,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_llm
 
 
-def compare(argv: list[str], out: str) -> None:
+def train(
+    argv: list[str], apart: bool = False, refused: str = "", block_bytes: int = 4096,
+    no_sync: bool = False,
+) -> None:
+    print("job", *argv[:2], file=sys.stderr, flush=True)
+    train_llm.checkpoints.BLOCK_BYTES = block_bytes  # so few that tiny tensors have several blocks
+    rank, local_rank = os.environ["RANK"], os.environ["LOCAL_RANK"]
+    if apart:
+        os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": rank}
+        argv = [word.replace("HOST", rank) for word in argv]
+    try:
+        with forbid_syncs() if no_sync else contextlib.nullcontext():
+            train_llm.main(argv)
+    except train_llm.InputError as error:
+        if not refused:
+            raise
+        Path(f"{refused}.{rank}").write_text(str(error))
+        dist.destroy_process_group()
+    os.environ |= {"LOCAL_RANK": local_rank, "GROUP_RANK": "0"}
+
+
+@functools.cache
+def pretrained(folder: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def compare(argv: list[str], out: str, nodes: list[str] | None = None,
+            piece_bytes: int | None = None) -> None:
     args = train_llm.parse_args(argv)
-    processes = train_llm.join_processes()
+    processes, whole = train_llm.join_processes(), args.model_name
+    if nodes:
+        node = processes.rank * len(nodes) // processes.world_size
+        first = -(-node * processes.world_size // len(nodes))
+        processes = replace(processes, node=node, local_rank=processes.rank - first)
+        args.model_name = nodes[node]
+    train_llm.weights.PIECE_BYTES["cpu"] = piece_bytes or 1 << 23
     model = train_llm.build_model(args)
-    model = train_llm.shard(model, train_llm.load_weights(args, processes), args, processes)
-    expected = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
+    plan = train_llm.find_weights(model, args, processes)
+    model = train_llm.shard(model, plan, args, processes)
+    expected = pretrained(whole)
     with FSDP.summon_full_params(model, writeback=False):
         found = {train_llm.clean(n): t.cpu() for n, t in model.named_parameters()}
         found |= {train_llm.clean(n): t.cpu() for n, t in model.named_buffers()}
@@ -35,22 +80,102 @@ def compare(argv: list[str], out: str) -> None:
         different = [n for n in wanted if n not in found or not torch.equal(found[n], wanted[n])]
         extra = sorted(set(found) - set(wanted))
         meta = [n for n, t in found.items() if t.is_meta]
-    report = {"different": different, "extra": extra, "meta": meta, "compared": len(wanted)}
+    report = {"different": different, "extra": extra, "meta": meta, "compared": len(wanted),
+              "way": plan.way}
     Path(f"{out}.{processes.rank}").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def forbid_syncs():
+    """From the third step on, until a row is written, PyTorch raises where it waits for a GPU."""
+    begin_step, write_row = train_llm.Meter.begin_step, train_llm.Meter.write_row
+
+    def strict_begin(self, step):
+        begin_step(self, step)
+        torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
+
+    def lenient_row(self, state):
+        torch.cuda.set_sync_debug_mode("default")
+        write_row(self, state)
+
+    train_llm.Meter.begin_step, train_llm.Meter.write_row = strict_begin, lenient_row
+    try:
+        yield
+    finally:
+        train_llm.Meter.begin_step, train_llm.Meter.write_row = begin_step, write_row
+
+
+class AnonymousMemory:
+    """Anonymous resident memory of this process (bytes) at first, and at most, while inside."""
+
+    def __enter__(self):
+        self.first = self.most = self.now()
+        self.left = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.left.wait(0.02):
+            self.most = max(self.most, self.now())
+
+    def __exit__(self, *_) -> None:
+        self.left.set()
+        self.thread.join()
+        self.most = max(self.most, self.now())
+
+    @staticmethod
+    def now() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+        raise OSError("this kernel does not tell RssAnon")
+
+
+def forget_files(folder: Path) -> None:
+    """Drop a folder's files from the page cache, so that reading them means reading the disk."""
+    for path in folder.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def load(argv: list[str], out: str, cold: bool) -> None:
+    args = train_llm.parse_args(argv)
+    processes = train_llm.join_processes()
+    on_gpu = processes.device.type == "cuda"
+    model = train_llm.build_model(args)
+    if cold and processes.local_rank == 0:
+        forget_files(Path(args.model_name))
+    dist.all_reduce(torch.zeros(1, device=processes.device))  # connects the ranks, too
+    with AnonymousMemory() as memory:
+        started = time.perf_counter()
+        plan = train_llm.find_weights(model, args, processes)
+        sharded = train_llm.shard(model, plan, args, processes)
+        on_gpu and torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    shard_bytes = sum(p.numel() * p.element_size() for p in sharded.parameters())
+    peak_gpu = torch.cuda.max_memory_allocated() if on_gpu else None
+    Path(f"{out}.{processes.rank}").write_text(json.dumps(dict(
+        way=plan.way, seconds=seconds, anonymous_at_first=memory.first,
+        anonymous_at_most=memory.most, shard_bytes=shard_bytes, gpu_at_most=peak_gpu)))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    port = int(os.environ["MASTER_PORT"])
+    port, world_size = int(os.environ["MASTER_PORT"]), os.environ["WORLD_SIZE"]
     for i, job in enumerate(jobs, start=1):
         # Each job gets a store of its own: torchrun's still holds the keys of the job before.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(port + i)
-        if job["do"] == "train":
-            train_llm.main(job["argv"])
-            gc.collect()  # a model is full of cycles; the next job measures its own memory
-            torch.cuda.empty_cache()
-            torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()
-        else:
-            compare(job["argv"], job["out"])
+        kind, ranks = job.pop("do"), job.pop("ranks", None)
+        os.environ["WORLD_SIZE"] = str(ranks or world_size)
+        if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+            continue
+        {"train": train, "compare": compare, "load": load}[kind](**job)
+        torch.compiler.reset()
+        gc.collect()  # a model is full of cycles; the next job measures its own memory
+        torch.cuda.empty_cache()
+        torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()

@@ -33,7 +33,7 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
             dataset_name=corpus, cpu_offload="optimizer", batch_size=2, ckpt_freq=0) | RECIPE
             | options)}
 
-    plain = job("x", max_grad_norm=1)["argv"]
+    plain = job("x", document_mask=False)["argv"]
     jobs = [
         job("off", cpu_offload="off", batch_size=8),
         job("optimizer", batch_size=8),

@@ -1,4 +1,4 @@
-"""Checkpoints: resumed bit for bit, on other numbers of ranks, after kills, damage, full disks."""
+"""Checkpoints: resumed bit for bit, on other ranks, after kills, damage, full disks; exported."""
 
 import contextlib
 import json
@@ -12,8 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, build_tiny_model, main_in_process, on_ranks, options_of, read_metrics
+import torch
+from conftest import (
+    ROOT,
+    build_tiny_model,
+    main_in_process,
+    on_ranks,
+    options_of,
+    read_metrics,
+    run,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoints
 import train_llm
 
 RECIPE = dict(seq_length=32, global_batch_size=12, batch_size=2, max_steps=15, num_epochs=2,
@@ -22,13 +34,34 @@ RECIPE = dict(seq_length=32, global_batch_size=12, batch_size=2, max_steps=15, n
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, tiny, corpus, rows_dir):
-    """(folder, options) of 15 steps on two ranks without a break, all checkpoints kept."""
+    """(folder, options) of 15 steps on two ranks without a break, all checkpoints kept.
+
+    Beside it lie short runs of a model with tied embeddings and of one with a buffer in its files.
+    """
     folder = tmp_path_factory.mktemp("state")
     options = dict(save_dir=folder, rows_dir=rows_dir, model_name=tiny, dataset_name=corpus)
-    options |= RECIPE
-    on_ranks(2, [{"do": "train", "argv": options_of(
-        experiment_name="straight", keep_checkpoints=9, **options)}], folder)
-    return folder, options
+    options |= RECIPE | dict(keep_checkpoints=9)
+    others = dict(tied=build_tiny_model(folder / "gemma", "gemma"),
+                  buffer=build_model_with_a_buffer(folder / "deepseek"))
+    on_ranks(2, [{"do": "train", "argv": options_of(experiment_name="straight", **options)}] + [
+        {"do": "train", "argv": options_of(
+            experiment_name=name, **options | dict(model_name=model, max_steps=3, ckpt_freq=2))}
+        for name, model in others.items()], folder)
+    return folder, options | dict(keep_checkpoints=2)
+
+
+def build_model_with_a_buffer(folder: Path) -> Path:
+    """A mixture of experts whose routing is corrected by a buffer, no parameter, in its files."""
+    build_tiny_model(folder, "deepseek", num_key_value_heads=4, head_dim=4,
+                     first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2,
+                     n_group=1, topk_group=1, n_shared_experts=1, moe_intermediate_size=24,
+                     kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
+                     v_head_dim=8)
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = (name for name in tensors if "e_score_correction_bias" in name)
+    tensors[name] = torch.tensor([0.25, -0.5, 0.125, 1.0])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def begun(straight, name: str, *steps: int) -> Path:
@@ -69,13 +102,53 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(straight):
         assert left == ["step-00000012", "step-00000015"], "the two newest are kept"
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_a_run_resumes_on_another_number_of_ranks(ranks, straight):
     folder = begun(straight, f"on-{ranks}", 12)
-    resume(ranks, straight, folder.name)
+    if ranks == 1:
+        in_process(straight, folder.name)
+    else:
+        resume(ranks, straight, folder.name, batch_size=1)
     whole = straight[0] / "straight"
     assert values(folder) == pytest.approx(values(whole), rel=1e-5)
     assert values(folder)[:12] == values(whole)[:12], "the rows of steps before it were kept"
+
+
+def test_node_local_disks_need_only_what_their_own_ranks_wrote(straight):
+    """Two hosts of one rank each, whose disks hold the files that their rank wrote, and no others.
+
+    The third job is one of two hosts that swapped places, the fourth one whose host 0 is new.
+    """
+    begun(straight, "apart", 12)
+    for disk, other in ((0, 1), (1, 0)):
+        for name in ("apart", "swapped", "new"):
+            folder = straight[0] / f"disk-{disk}" / name
+            shutil.copytree(straight[0] / "apart", folder)
+            checkpoint = folder / "checkpoints" / "step-00000012"
+            gone = disk if name == "swapped" else other
+            (checkpoint / f"rank-0000{gone}.safetensors").unlink()
+            if disk == 1:
+                (checkpoint / ".metadata").unlink()
+                (checkpoint / "about.json").unlink()
+            if name == "new" and disk == 0:
+                shutil.rmtree(checkpoint)
+    refused = {name: straight[0] / f"refused-{name}" for name in ("swapped", "new")}
+    disks = dict(save_dir=straight[0] / "disk-HOST")
+    jobs = [{"do": "train", "apart": True, "argv": options_of(
+        experiment_name=name, **straight[1] | disks)} for name in ("apart", *refused)]
+    for job, path in zip(jobs[1:], refused.values(), strict=True):
+        job["refused"] = str(path)
+    on_ranks(2, jobs, straight[0])
+
+    whole, disks = straight[0] / "straight", [straight[0] / f"disk-{d}" / "apart" for d in (0, 1)]
+    assert values(disks[0]) == values(whole) and weights(disks[0]) == weights(whole)
+    for disk, folder in enumerate(disks):
+        found = {path.parent.name: path.name for path in folder.glob("checkpoints/*/rank-*")}
+        assert found == {f"step-{step:08}": f"rank-0000{disk}.safetensors" for step in (12, 15)}
+    for rank in (0, 1):
+        said = {name: Path(f"{path}.{rank}").read_text() for name, path in refused.items()}
+        assert "no checkpoint in" in said["swapped"] and "is sound" in said["swapped"]
+        assert "has files of" in said["new"] and "has not its .metadata" in said["new"]
 
 
 def in_process(straight, name: str, **changes) -> None:
@@ -84,27 +157,134 @@ def in_process(straight, name: str, **changes) -> None:
 
 def test_damaged_checkpoints_are_told_and_the_newest_sound_one_is_used(straight, caplog):
     folder = begun(straight, "damaged", 3, 6, 9, 12, 15)
-    shards = {step: folder / "checkpoints" / f"step-{step:08}" / "__1_0.distcp"
+    shards = {step: folder / "checkpoints" / f"step-{step:08}" / "rank-00001.safetensors"
               for step in (6, 9, 12)}
     (folder / "checkpoints" / "step-00000015" / ".metadata").unlink()  # as if killed in the middle
     shards[12].write_bytes(shards[12].read_bytes()[:-100])
-    flipped = bytearray(shards[9].read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    shards[9].write_bytes(flipped)
+    flip_a_bit(shards[9])
     shards[6].unlink()
     with caplog.at_level("INFO", "train_llm"):
         in_process(straight, "damaged")
     said = [record.getMessage() for record in caplog.records if record.name == "train_llm"]
     for step, words in {12: "checksum", 9: "checksum", 6: "missing on"}.items():
-        (line,) = (line for line in said if f"step-{step:08} is not used: __1_0.distcp" in line)
+        start = f"step-{step:08} is not used: rank-00001.safetensors"
+        (line,) = (line for line in said if start in line)
         assert words in line
     assert any("resumed from" in line and "step-00000003" in line for line in said)
     assert values(folder) == pytest.approx(values(straight[0] / "straight"), rel=1e-5)
 
 
+def export(source: Path, target: Path, **options) -> dict[str, torch.Tensor]:
+    """The tensors of what --export writes, in this process."""
+    train_llm.main(options_of(export=source, to=target, **options))
+    return tensors_of(target)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", ["straight", "tied", "buffer"])
+def test_an_exported_checkpoint_is_the_model_of_the_run(name, straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 30_000)  # so that there are several files
+    wanted = tensors_of(straight[0] / name / "model")
+    found = export(straight[0] / name, tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+    rounded = export(straight[0] / name, tmp_path / "rounded", export_dtype="bfloat16")
+    buffers = {key for key in wanted if key.endswith("e_score_correction_bias")}
+    assert (name == "buffer") == bool(buffers)
+    for key, tensor in wanted.items():
+        assert torch.equal(rounded[key], tensor if key in buffers else tensor.bfloat16()), key
+
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in wanted.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 2 and index["weight_map"].keys() == wanted.keys()
+
+
+@pytest.mark.parametrize("name", ["straight", "tied", "buffer"])
+def test_an_export_loads_in_transformers_without_the_first_model_and_generates(
+    name, straight, tmp_path
+):
+    export(straight[0] / name, tmp_path / "out", export_dtype="bfloat16")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.bfloat16
+    found, wanted = dict(model.state_dict()), tensors_of(straight[0] / name / "model")
+    assert all(torch.equal(found[key], wanted[key].to(found[key].dtype)) for key in wanted)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (
+        name == "tied")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer("the cat", return_tensors="pt").input_ids
+    written = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=1)
+    assert written.shape[1] > prompt.shape[1] and tokenizer.decode(written[0])
+
+
+def test_export_takes_the_newest_sound_checkpoint_or_the_one_named(straight, tmp_path, caplog):
+    folder = begun(straight, "export-damaged", 3, 9, 12, 15)
+    steps = {step: folder / "checkpoints" / f"step-{step:08}" for step in (3, 9, 12, 15)}
+    (steps[15] / ".metadata").write_bytes((steps[15] / ".metadata").read_bytes()[:500])
+    flip_a_bit(steps[12] / "rank-00001.safetensors", 20_000)  # in a weight, not in a moment
+    (steps[9] / "rank-00000.safetensors").unlink()
+    found = export(folder, tmp_path / "newest")
+    named = export(steps[3], tmp_path / "named")
+    assert all(torch.equal(found[key], named[key]) for key in named)
+    assert "step-00000015 is not used: .metadata or about.json cannot be read" in caplog.text
+    assert "step-00000012 is not used: rank-00001.safetensors has not the checksum" in caplog.text
+    assert "step-00000009 is not used: rank-00000.safetensors: not on" in caplog.text
+    with pytest.raises(train_llm.InputError, match="nothing sound to export"):
+        export(steps[12], tmp_path / "damaged")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == [
+        "named", "newest"]
+
+
+def test_export_needs_one_process_and_none_of_the_options_of_training(straight, tmp_path):
+    words = ["--export", straight[0] / "straight", "--to", tmp_path / "out"]
+    done = run([sys.executable, "train_llm.py", *words, "--export-dtype=bfloat16"])
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} > {
+        "config.json", "tokenizer.json", "model.safetensors.index.json"}
+    (tmp_path / "empty").mkdir()
+    for changes, words in {
+        ("to", tmp_path / "out"): "exists, and is not an empty folder",
+        ("lr", 3): "takes --to and --export-dtype only, not --lr 3",
+        ("export", tmp_path): "no whole checkpoint there",
+    }.items():
+        options = dict(export=straight[0] / "straight", to=tmp_path / "empty")
+        with pytest.raises(train_llm.InputError, match=words):
+            train_llm.main(options_of(**options | dict([changes])))
+
+
+def test_blocks_come_back_whole_from_any_place_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "BLOCK_BYTES", 64)
+    tensors = {"a": torch.randn(100), "b": torch.arange(33, dtype=torch.int64)}
+    heads = {name: (t.dtype, list(t.shape)) for name, t in tensors.items()}
+    places = checkpoints.write_file(tmp_path / "x", heads,
+                                    lambda name: checkpoints.blocks(tensors[name]))
+    assert all(torch.equal(tensors[n], t) for n, t in load_file(tmp_path / "x").items())
+    for first, count in ((0, 100), (15, 2), (16, 16), (99, 1), (31, 64)):
+        parts = list(checkpoints.read_blocks(tmp_path, places["a"], torch.float32, first, count))
+        assert torch.equal(torch.cat(parts), tensors["a"][first : first + count])
+    flip_a_bit(tmp_path / "x", places["a"].offset + 70)
+    list(checkpoints.read_blocks(tmp_path, places["a"], torch.float32, 0, 16))
+    with pytest.raises(checkpoints.DamagedError, match="x has not the checksum"):
+        list(checkpoints.read_blocks(tmp_path, places["a"], torch.float32, 0, 17))
+
+
+def flip_a_bit(file: Path, place: int | None = None) -> None:
+    content = bytearray(file.read_bytes())
+    content[place or len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def test_no_sound_checkpoint_is_an_error_and_nothing_is_lost(straight):
     folder = begun(straight, "all-damaged", 9)
-    (folder / "checkpoints" / "step-00000009" / "__0_0.distcp").write_bytes(b"")
+    (folder / "checkpoints" / "step-00000009" / "rank-00000.safetensors").write_bytes(b"")
     before = (folder / "metrics.jsonl").read_text()
     with pytest.raises(train_llm.InputError, match="no checkpoint in .* is sound"):
         in_process(straight, folder.name)
@@ -203,6 +383,16 @@ def test_a_run_killed_at_a_random_moment_ends_as_the_straight_one(straight):
     whole = straight[0] / "straight"
     assert values(straight[0] / "killed") == values(whole)
     assert weights(straight[0] / "killed") == weights(whole)
+
+
+def test_a_short_killing_campaign_loses_nothing():
+    words = ["--kills", 4, "--seed", random.randrange(99)]
+    done = run([sys.executable, "tests/kill_campaign.py", *words], timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    figures = json.loads(done.stdout[done.stdout.index("{"):])
+    assert figures["kills"] == figures["starts that resumed"] == 4
+    assert figures["checkpoints found damaged"] == 0
+    assert figures["losses and weights bit for bit those of the straight run"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -35,23 +35,26 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     """Every training run of this file, in three starts of torchrun; {name: its folder}."""
     folder = tmp_path_factory.mktemp("runs")
     models = {"llama": tiny} | {
-        kind: build_tiny_model(folder / kind, kind) for kind in ("qwen3", "gemma", "mistral")
+        kind: build_tiny_model(folder / kind, kind)
+        for kind in ("qwen3", "gemma", "gemma2", "mistral")
     }
     models["dropout"] = build_tiny_model(folder / "dropout-model", attention_dropout=0.3)
     for model in models.values():  # in this process: the script would start one for each
         download.prepare_rows(model_name=str(model), dataset_name=str(corpus), seq_length=LENGTH,
                               rows_dir=rows_dir)
     plan = {  # name: (ranks, model, options beside the recipe)
-        "one": (1, "llama", dict(batch_size=6)),
-        "one-accumulated": (1, "llama", dict(batch_size=2)),
+        "one": (1, "llama", dict(batch_size=6, loss_chunk=0)),
+        "one-accumulated": (1, "llama", dict(batch_size=2, loss_chunk=7)),
         "two": (2, "llama", dict(batch_size=3)),
         "two-accumulated": (2, "llama", dict(batch_size=1)),
         "three": (3, "llama", dict(batch_size=2)),
         "recomputed": (2, "llama", dict(batch_size=3, checkpoint_activations="on")),
+        "selective": (2, "llama", dict(batch_size=3, checkpoint_activations="selective")),
         "offloaded": (2, "llama", dict(batch_size=3, checkpoint_activations="offload")),
         "embedding-in-root": (2, "llama", dict(batch_size=3, wrap_embedding=False)),
         "qwen3": (2, "qwen3", dict(batch_size=3)),
-        "gemma": (2, "gemma", dict(batch_size=1, checkpoint_activations="on")),
+        "gemma": (2, "gemma", dict(batch_size=1, checkpoint_activations="on", loss_chunk=20)),
+        "gemma2": (2, "gemma2", dict(batch_size=3, loss_chunk=64)),
         "mistral": (2, "mistral", dict(batch_size=3)),
         "dropout": (2, "dropout", dict(batch_size=3, max_steps=3)),
         "dropout-again": (2, "dropout", dict(batch_size=3, max_steps=3)),
@@ -91,11 +94,11 @@ def expected(runs, corpus, rows_dir):
     return found
 
 
-LLAMA = ["one", "one-accumulated", "two", "two-accumulated", "three", "recomputed", "offloaded",
-         "embedding-in-root"]
+LLAMA = ["one", "one-accumulated", "two", "two-accumulated", "three", "recomputed", "selective",
+         "offloaded", "embedding-in-root"]
 
 
-@pytest.mark.parametrize("name", [*LLAMA, "qwen3", "gemma", "mistral"])
+@pytest.mark.parametrize("name", [*LLAMA, "qwen3", "gemma", "gemma2", "mistral"])
 def test_losses_norms_and_weights_are_those_of_plain_pytorch(name, runs, expected):
     losses, norms, model = expected["llama" if name in LLAMA else name]
     metrics = read_metrics(runs[name])
@@ -123,8 +126,8 @@ def test_steps_have_rows_with_different_numbers_of_targets(tiny, corpus, rows_di
 
 def test_recomputation_changes_not_one_bit(runs):
     losses = [[row["loss"] for row in read_metrics(runs[name])]
-              for name in ("two", "recomputed", "offloaded")]
-    assert losses[0] == losses[1] == losses[2]
+              for name in ("two", "recomputed", "selective", "offloaded")]
+    assert all(other == losses[0] for other in losses)
 
 
 def test_dropout_is_drawn_anew_each_step_and_the_same_each_run(runs):
@@ -148,6 +151,7 @@ def test_a_run_leaves_its_options_versions_metrics_and_model(runs, tiny):
     row = read_metrics(folder)[-1]
     assert set(row) == {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu",
                         "tokens_per_second_per_gpu", "step_seconds", "data_seconds",
+                        "forward_seconds", "backward_seconds", "update_seconds",
                         "peak_memory_gib", "epoch", "time"}
     assert row["mfu"] is None, "there is no GPU here, so no utilisation to speak of"
     assert row["tokens_per_second"] == pytest.approx(BATCH * LENGTH / row["step_seconds"])
@@ -160,29 +164,6 @@ def test_a_run_leaves_its_options_versions_metrics_and_model(runs, tiny):
         "args.json", "versions.json", "metrics.jsonl", "model", "checkpoints", "heartbeats"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
-def test_pretrained_weights_arrive_bit_for_bit(kind, dtype, arrived):
-    for report in arrived[kind, dtype]:
-        assert report["compared"] > 10
-        assert report["different"] == report["extra"] == report["meta"] == []
-
-
-@pytest.fixture(scope="module")
-def arrived(tmp_path_factory, corpus, rows_dir):
-    folder = tmp_path_factory.mktemp("arrived")
-    cases = [(kind, dtype) for kind in ("llama", "gemma") for dtype in ("float32", "bfloat16")]
-    jobs = []
-    for kind, dtype in cases:
-        model = build_tiny_model(folder / f"{kind}-{dtype}", kind, dtype=dtype)
-        jobs.append({"do": "compare", "out": str(folder / f"out-{kind}-{dtype}"),
-                     "argv": options_of(experiment_name="x", model_name=model, dataset_name=corpus,
-                                        global_batch_size=6, seq_length=LENGTH)})
-    on_ranks(3, jobs, folder)
-    return {case: [json.loads((folder / f"out-{case[0]}-{case[1]}.{rank}").read_text())
-                   for rank in range(3)] for case in cases}
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "mistral"])
 def test_a_changed_first_document_leaves_the_logits_of_the_second_bit_equal(
@@ -192,7 +173,7 @@ def test_a_changed_first_document_leaves_the_logits_of_the_second_bit_equal(
     row = next(i for i in range(len(rows)) if 8 < np.flatnonzero(rows.marks[i] & 1)[-1] < 24)
     second = np.flatnonzero(rows.marks[row] & 1)[-1]
     here = train_llm.planned_processes()
-    tokens, _, positions = rows.batch(np.array([row]), here)
+    tokens, _, positions, _ = rows.batch(np.array([row]), here)
     model = AutoModelForCausalLM.from_pretrained(
         runs["models"][kind], attn_implementation=attention
     )

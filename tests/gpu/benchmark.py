@@ -1,53 +1,92 @@
-"""What each fit-and-speed option costs, on this node's GPUs, as a Markdown table and as JSON.
+"""What every fit-and-speed option costs, and how fast large models train, on this node's GPUs.
 
-    python tests/gpu/benchmark.py [--layers 8] [--gpus 2] [--seq-length 4096] [--json FILE]
+    python tests/gpu/benchmark.py [attention options 8b 405b] [--out FOLDER]
 
-Trains layers as wide as Llama 3.1 8B's, with random weights, on real text, through the script
-itself; each case differs from the first in the one option named. A figure is the median of the
-steps after the first four. All cases share one start of the processes, so they run on one machine
-in one state; the first case is run again at the end, and what its two runs differ by is the noise.
+Everything runs through the script itself, with random weights and real text:
+
+    attention attention alone, by kernel, on rows of one document and of eight
+    options   8 layers as wide as Llama 3.1 8B's, 4,096 tokens; each case differs from the first in
+              the option named; the first is run again at the end: the difference is the noise
+    8b        Llama 3.1 8B at full depth, 8,192 tokens, bfloat16 and float8, by recomputation
+    405b      two and three layers as wide as 405B's: their difference is the cost of one layer,
+              held against the same layer on one GPU without any sharding, timed in the same run
+
+A figure is the median of five pairs of steps after the first four steps. Tables go to standard
+output as Markdown and into FOLDER/benchmark.json.
 """
 
 import argparse
+import contextlib
 import json
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from conftest import build_tokenizer, on_ranks, options_of, read_metrics
 
-STEPS, WARMUP = 14, 4
-CASES = {
+import layers
+
+STEPS, LOG_FREQ, WARMUP_ROWS = 14, 2, 2
+WIDTHS = {
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32),
+    "405b": dict(hidden_size=16384, intermediate_size=53248, num_attention_heads=128),
+}
+FULL = {"8b": 32, "405b": 126}
+OPTIONS = {
     "as it is, activation checkpointing on": {},
-    "activation checkpointing off": {"checkpoint_activations": "off"},
-    "activation checkpointing offload": {"checkpoint_activations": "offload"},
-    "--forward-prefetch": {"forward_prefetch": True},
-    "--no-limit-all-gathers": {"limit_all_gathers": False},
-    "--no-wrap-embedding": {"wrap_embedding": False},
-    "--reduce-dtype bfloat16": {"reduce_dtype": "bfloat16"},
-    "--no-document-mask": {"document_mask": False},
-    "4 micro steps": {"micro_steps": 4},
+    "activation checkpointing off": dict(checkpoint_activations="off"),
+    "activation checkpointing selective": dict(checkpoint_activations="selective"),
+    "activation checkpointing offload": dict(checkpoint_activations="offload"),
+    "`--compile`": dict(compile=True),
+    "`--compile`, selective": dict(compile=True, checkpoint_activations="selective"),
+    "`--compile`, off": dict(compile=True, checkpoint_activations="off"),
+    "`--compile --float8 tensorwise`": dict(compile=True, float8="tensorwise"),
+    "`--compile --float8 rowwise`": dict(compile=True, float8="rowwise"),
+    "`--loss-chunk 0`": dict(loss_chunk=0),
+    "`--forward-prefetch`": dict(forward_prefetch=True),
+    "`--no-limit-all-gathers`": dict(limit_all_gathers=False),
+    "`--no-wrap-embedding`": dict(wrap_embedding=False),
+    "`--reduce-dtype bfloat16`": dict(reduce_dtype="bfloat16"),
+    "`--attn-implementation sdpa`": dict(attn_implementation="sdpa"),
+    "`--no-document-mask`": dict(document_mask=False),
+    "4 micro steps": dict(micro_steps=4),
     "as it is, again": {},
+}
+EIGHT_B = {
+    f"{'bfloat16' if float8 == 'off' else 'float8 ' + float8}, {mode}":
+        dict(compile=True, float8=float8, checkpoint_activations=mode)
+    for float8, modes in {
+        "off": ("on", "selective", "off"), "tensorwise": ("on", "selective", "off"),
+        "rowwise": ("selective",),
+    }.items() for mode in modes
 }
 
 
-def build_slice(folder: Path, layers: int) -> Path:
-    """A model folder with Llama 3.1 8B's shape at reduced depth, and no weights."""
+def build_slice(folder: Path, width: str, layers: int, vocabulary: int) -> Path:
+    """A model folder of this width and depth, and no weights."""
     build_tokenizer(folder)
     transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, vocab_size=128256,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        **WIDTHS[width], num_hidden_layers=layers, vocab_size=vocabulary, num_key_value_heads=8,
+        max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=False,
     ).save_pretrained(folder)
     return folder
 
 
 def write_text(path: Path, megabytes: int) -> Path:
-    """Documents of Python's own library, again and again, so that no run sees a row twice."""
+    """Documents of Python's own library, again and again."""
     sources = [file.read_text(errors="ignore") for file in sorted(Path(json.__file__).parents[1]
                                                                   .glob("*.py"))]
     with path.open("w") as file:
@@ -56,44 +95,205 @@ def write_text(path: Path, megabytes: int) -> Path:
     return path
 
 
+def failure(error: Exception) -> str:
+    """The lines of a failed start that say what failed, without those of the traceback."""
+    lines = [line for line in str(error).splitlines() if "File \"" not in line]
+    return "\n".join(line for line in lines if re.search(r"Error|error:|^job|Unsupported", line))
+
+
+class Bench:
+    """Runs cases through the script and keeps their medians."""
+
+    def __init__(self, folder: Path, gpus: int):
+        self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 16)
+        self.versions, self.tables, self.runs = {}, {}, 0
+
+    def run(self, table: str, cases: dict, *, width: str, layers: int, seq_length: int,
+            vocabulary: int = 128256, together: bool = True, gpus: int | None = None) -> None:
+        """`together`: in one start of the processes; apart, one that fails leaves the others."""
+        gpus = gpus or self.gpus
+        name = f"{width}-{layers}-{vocabulary}"
+        model = build_slice(self.folder / name, width, layers, vocabulary)
+        jobs = {}
+        for name, options in cases.items():
+            self.runs += 1
+            options = dict(options)
+            rows = gpus * options.pop("micro_steps", 1)
+            jobs[name] = {"do": "train", "argv": options_of(**dict(
+                experiment_name=f"run-{self.runs}", save_dir=self.folder / "out",
+                rows_dir=self.folder / "rows", model_name=model, dataset_name=self.data,
+                random_init=True, export_dtype="none", seq_length=seq_length, num_epochs=99,
+                global_batch_size=rows, max_steps=STEPS, log_freq=LOG_FREQ, ckpt_freq=0,
+                checkpoint_activations="on") | options)}
+        plain = [name for name in jobs if not cases[name].get("compile")]
+        groups = [plain, [name for name in jobs if name not in plain]]
+        for group in filter(None, groups if together else [[name] for name in jobs]):
+            started = time.perf_counter()
+            try:
+                on_ranks(gpus, [jobs[name] for name in group], self.folder, timeout=400)
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                print(f"FAILED {table} {group}: {failure(error)}", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"# {table}: {len(group)} cases in {seconds:.0f} s", flush=True)
+        rows = self.tables.setdefault(table, {})
+        for name, job in jobs.items():
+            folder = self.folder / "out" / job["argv"][1]
+            if (folder / "metrics.jsonl").exists():
+                self.versions = json.loads((folder / "versions.json").read_text())
+                steps = read_metrics(folder)[WARMUP_ROWS:]
+                if steps:
+                    rows[name] = {key: statistics.median(row[key] for row in steps) for key in (
+                        "step_seconds", "data_seconds", "forward_seconds", "backward_seconds",
+                        "update_seconds", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib",
+                        "peak_reserved_gib")} | {"loss": steps[-1]["loss"]}
+        self.show(table)
+
+    def show(self, table: str) -> None:
+        print(f"\n{table}\n\n| case | ms a step | data | forward | backward | update |"
+              " tokens/s/GPU | MFU | peak GiB | reserved | loss |\n|" + "---|" * 11)
+        for name, row in self.tables[table].items():
+            times = " | ".join(f"{row[f'{key}_seconds'] * 1e3:.0f}" for key in
+                               ("step", "data", "forward", "backward", "update"))
+            print(f"| {name} | {times} | {row['tokens_per_second_per_gpu']:,.0f} |"
+                  f" {row['mfu']:.3f} | {row['peak_memory_gib']:.1f} |"
+                  f" {row['peak_reserved_gib']:.1f} | {row['loss']:.3f} |")
+        print(flush=True)
+
+
+def time_layer(*, seq_length: int, compiled: bool, float8: str = "off") -> float:
+    """Seconds of one 405B-wide decoder layer, forward, recomputation and backward, on one GPU."""
+    config = transformers.LlamaConfig(**WIDTHS["405b"], num_key_value_heads=8, num_hidden_layers=1)
+    config._attn_implementation = "varlen"
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        layer = LlamaDecoderLayer(config, 0)
+        rotary = LlamaRotaryEmbedding(config)
+        torch.set_default_dtype(torch.float32)
+        if float8 != "off":
+            layer.get_output_embeddings = lambda: None
+            layers.in_float8(layer, float8)
+        layer = checkpoint_wrapper(layer)
+        if compiled:
+            layer.compile()
+        hidden = torch.randn(1, seq_length, config.hidden_size, dtype=torch.bfloat16)
+        positions = torch.arange(seq_length)[None]
+        documents = torch.tensor([0, seq_length], dtype=torch.int32)
+    given = dict(position_embeddings=rotary(hidden, positions), cu_seq_lens_q=documents,
+                 cu_seq_lens_k=documents, max_length_q=seq_length, max_length_k=seq_length)
+
+    def pass_through() -> None:
+        layer.zero_grad()
+        layer(hidden.requires_grad_(), **given).sum().backward()
+
+    return median_seconds(pass_through)
+
+
+def bench_405b(bench: Bench) -> None:
+    kinds = {"bfloat16": {}, "bfloat16 compiled": dict(compile=True),
+             "float8 tensorwise": dict(compile=True, float8="tensorwise"),
+             "float8 rowwise": dict(compile=True, float8="rowwise")}
+    for seq_length in (4096, 8192):
+        for depth in (2, 3):
+            bench.run(f"405B-wide, {depth} layers, {seq_length} tokens", kinds, width="405b",
+                      layers=depth, seq_length=seq_length, vocabulary=8192)
+        two, three = (bench.tables[f"405B-wide, {depth} layers, {seq_length} tokens"]
+                      for depth in (2, 3))
+        table = bench.tables[f"one 405B layer, {seq_length} tokens"] = {}
+        print(f"| one 405B layer, {seq_length} tokens | ms | forward and backward | update |"
+              " unsharded ms | ratio |\n|" + "---|" * 6)
+        for kind, options in kinds.items():
+            if kind not in two or kind not in three:
+                continue
+            alone = time_layer(seq_length=seq_length, compiled="compile" in options,
+                               float8=options.get("float8", "off"))
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            cost = {key: three[kind][f"{key}_seconds"] - two[kind][f"{key}_seconds"]
+                    for key in ("step", "forward", "backward", "update")}
+            both = cost["forward"] + cost["backward"]
+            table[kind] = cost | {"unsharded": alone, "ratio": both / alone}
+            print(f"| {kind} | {cost['step'] * 1e3:.1f} | {both * 1e3:.1f} |"
+                  f" {cost['update'] * 1e3:.1f} | {alone * 1e3:.1f} | {both / alone:.3f} |",
+                  flush=True)
+
+
+def time_attention(heads: int, length: int, documents: int) -> dict:
+    """Milliseconds and TFLOP/s of attention kernels, forward and backward (bfloat16, causal).
+
+    The operations are counted as if the row were one document, so that rows compare.
+    """
+    q, k, v = (torch.randn(1, n, length, 128, device="cuda", dtype=torch.bfloat16,
+                           requires_grad=True) for n in (heads, 8, 8))
+    wide_k, wide_v = (x.detach().repeat_interleave(heads // 8, 1).requires_grad_() for x in (k, v))
+    cuts = torch.linspace(0, length, documents + 1).int().cuda()
+    document = torch.bucketize(torch.arange(length, device="cuda"), cuts, right=True)
+    mask = (document[:, None] == document[None]).tril()[None, None]
+
+    def sdpa() -> torch.Tensor:
+        if documents == 1:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, wide_k, wide_v, attn_mask=mask)
+
+    def varlen() -> torch.Tensor:
+        return layers.varlen_attention(None, q, k, v, None, cu_seq_lens_q=cuts,
+                                        max_length_q=length)[0]
+
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION]
+    ways = [("varlen", varlen, contextlib.nullcontext()), ("sdpa", sdpa, contextlib.nullcontext())]
+    ways += [(f"sdpa {one.name}", sdpa, sdpa_kernel(one)) for one in backends]
+    found = {}
+    for name, attention, context in ways:
+        try:
+            with context:
+                seconds = median_seconds(lambda way=attention: way().sum().backward())
+            flops = 3.5 * 4 * heads * 128 * length**2 / 2
+            found[name] = {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12}
+        except RuntimeError as error:
+            found[name] = {"error": str(error).splitlines()[0][:60]}
+    return found
+
+
+def median_seconds(work) -> float:
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[4:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers")
+    parser.add_argument("suites", nargs="*", default=["attention", "options", "8b", "405b"])
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="ranks")
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens in a row")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of benchmark.json")
     args = parser.parse_args()
-
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model, data = build_slice(folder / "slice", args.layers), write_text(folder / "t.jsonl", 8)
-        jobs, names = [], {name: f"case-{i}" for i, name in enumerate(CASES)}
-        for name, options in CASES.items():
-            micro_steps = options.get("micro_steps", 1)
-            options = {key: value for key, value in options.items() if key != "micro_steps"}
-            jobs.append({"do": "train", "argv": options_of(**dict(
-                experiment_name=names[name], save_dir=folder / "out", rows_dir=folder / "rows",
-                model_name=model, dataset_name=data, random_init=True, export_dtype="none",
-                seq_length=args.seq_length, global_batch_size=args.gpus * micro_steps,
-                max_steps=STEPS, log_freq=1, checkpoint_activations="on") | options)})
-        on_ranks(args.gpus, jobs, folder)
-        runs = {name: read_metrics(folder / "out" / names[name])[WARMUP:] for name in CASES}
-        versions = json.loads((folder / "out" / "case-0" / "versions.json").read_text())
-
-    print(f"{args.gpus} x {versions['device']}, torch {versions['torch']}, transformers"
-          f" {versions['transformers']}, {versions['started'][:10]}; {args.layers} layers as"
-          f" wide as Llama 3.1 8B's, {args.seq_length} tokens a row, bfloat16\n")
-    print("| case | ms a step | tokens/s/GPU | MFU | peak GiB | loss |\n|---|---|---|---|---|---|")
-    table = {}
-    for name, rows in runs.items():
-        median = {key: statistics.median(row[key] for row in rows) for key in
-                  ("step_seconds", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib")}
-        table[name] = median | {"loss": rows[-1]["loss"]}
-        print(f"| {name} | {median['step_seconds'] * 1e3:.0f} |"
-              f" {median['tokens_per_second_per_gpu']:,.0f} | {median['mfu']:.3f} |"
-              f" {median['peak_memory_gib']:.1f} | {rows[-1]['loss']:.4f} |")
-    if args.json:
-        args.json.write_text(json.dumps({"versions": versions, "cases": table}, indent=2) + "\n")
+        bench = Bench(Path(temporary), args.gpus)
+        for suite in args.suites:
+            if suite == "attention":
+                for shape in ((32, 8192, 1), (32, 8192, 8), (128, 4096, 1), (128, 4096, 8)):
+                    name = "{} heads, {} tokens, {} documents".format(*shape)
+                    bench.tables[name] = time_attention(*shape)
+                    print(name, json.dumps(bench.tables[name], indent=1), flush=True)
+            elif suite == "options":
+                bench.run("8B-wide, 8 layers, 4,096 tokens", OPTIONS, width="8b", layers=8,
+                          seq_length=4096)
+            elif suite == "8b":
+                bench.run("8B, 8,192 tokens", EIGHT_B, width="8b", layers=FULL["8b"],
+                          seq_length=8192, together=False)
+            elif suite == "405b":
+                bench_405b(bench)
+            else:
+                parser.error(f"no suite {suite!r}")
+            (args.out / "benchmark.json").write_text(json.dumps(
+                {"gpus": args.gpus, "versions": bench.versions, "tables": bench.tables}, indent=2))
+    print(f"{args.gpus} x {bench.versions.get('device')}, torch {torch.__version__}, transformers"
+          f" {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
 
 
 if __name__ == "__main__":

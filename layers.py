@@ -1,0 +1,216 @@
+"""How a layer and the loss are computed: attention, float8, recomputation, compilation, logits.
+
+train_llm.py's story says what is trained; nothing here changes what is learned, up to rounding
+(float8 rounds coarsely, which is why it is an option of the recipe). Each section stands alone.
+Shapes: B rows, T tokens in a row, C tokens in a chunk, V entries of the vocabulary, H the width.
+"""
+
+import functools
+import inspect
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import AttentionInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from download import InputError
+
+# --- 1. Attention -----------------------------------------------------------------------------
+# A row holds several documents that must not see each other. Kernels for fixed lengths need a mask
+# of T x T for that, which transformers makes anew each pass (looking at the positions, for which
+# the host waits), and the fast ones among them take no mask. Kernels for variable lengths take the
+# places where documents start. flash-attn has such kernels, and PyTorch has one built in: "varlen".
+
+
+def fastest_attention(config, *, document_mask: bool) -> str:
+    """The fastest kernel that is installed here and computes what this model asks for."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and is_flash_attn_3_available():
+        return "flash_attention_3"
+    if getattr(config, "attn_logit_softcapping", None):  # sdpa and varlen have no soft cap
+        return "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "eager"
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not (on_gpu and document_mask) or width % 8 or width > 256:  # what flash attention takes
+        return "sdpa"
+    return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
+
+
+def varlen_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, *,
+    cu_seq_lens_q: torch.Tensor, max_length_q: int, scaling: float | None = None,
+    sliding_window: int | None = None, dropout: float = 0.0, **extra,
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's flash attention, each document by itself, as transformers calls its kernels.
+
+    query (B, heads, T, D), key and value (B, key-value heads, T, D); returns (B, T, heads, D).
+    """
+    if dropout or extra.get("softcap") is not None or extra.get("s_aux") is not None:
+        raise InputError(f"{type(module).__name__} has dropout, a soft cap or sinks, which"
+                         " --attn-implementation varlen cannot do; use sdpa or eager")
+    if cu_seq_lens_q.numel() == 2 and sliding_window is None:  # one row, one document
+        groups = dict(enable_gqa=query.shape[1] != key.shape[1])
+        found = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, **groups)
+        return found.transpose(1, 2), None  # cuDNN's kernel: 480 TFLOP/s here, 264 with the other
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # (-1, 0): causal
+    flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    found = varlen_attn(*flat, *[cu_seq_lens_q] * 2, *[max_length_q] * 2, scale=scaling,
+                        window_size=window, **SHARED_HEADS)
+    return found.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+# torch 2.13 wants to be told that key-value heads are shared; 2.11 just does it.
+SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in str(inspect.signature(varlen_attn)) else {}
+AttentionInterface.register("varlen", varlen_attention)
+
+
+# --- 2. Float8 --------------------------------------------------------------------------------
+# Hopper multiplies float8 twice as fast as bfloat16. torchao scales both factors of each product
+# to float8's narrow range, per tensor or per row, in the forward and backward pass; weights,
+# gradients and communication stay as they are. Cost: 3 bits of mantissa, in gradients 2.
+
+
+def in_float8(model: nn.Module, recipe: str) -> None:
+    """Let the layers' linear modules multiply in float8; the weights keep their names and dtype."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        return module is not model.get_output_embeddings() and not any(
+            size % 16 for size in module.weight.shape)  # the hardware multiplies blocks of 16
+
+    convert_to_float8_training(
+        model, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=wanted
+    )
+
+
+# --- 3. Recomputation and compilation ---------------------------------------------------------
+# Both are applied to one decoder layer at a time, inside the FSDP unit that the layer is: layers
+# are alike, so one compilation serves all, and gathering stays outside of what is compiled.
+
+
+def recompute_or_compile(model: nn.Module, layer_classes: tuple, args: Namespace) -> None:
+    """Activation checkpointing of each decoder layer, and torch.compile of each, as asked for."""
+    how = args.checkpoint_activations
+
+    def wrap(layer: nn.Module) -> nn.Module:
+        if how == "offload" and args.compile:
+            layer.compile()  # within: moving tensors to the host is not for the compiler
+        if how == "selective":
+            contexts = functools.partial(create_selective_checkpoint_contexts, keep_or_recompute)
+            layer = checkpoint_wrapper(layer, context_fn=contexts)
+        elif how != "off":
+            layer = checkpoint_wrapper(layer)
+        if how == "offload":
+            return offload_wrapper(layer)
+        if args.compile:
+            layer.compile()  # around: the compiler then plans what to recompute
+        return layer
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, layer_classes):
+                setattr(parent, name, wrap(child))
+
+
+DEAR = ("::mm", "::addmm", "::_scaled_mm", "attn", "attention")  # parts of operations' names
+
+
+def keep_or_recompute(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """Selective: what matrix products and attention gave is kept, the cheap rest recomputed."""
+    kept = any(word in operation.name() for word in DEAR)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --- 4. The loss ------------------------------------------------------------------------------
+# The logits of a row are the largest tensor of all (T x V: 4,096 tokens of Llama 3 make 2.1 GB in
+# float32, and plain cross entropy keeps three of them). So the loss is computed inside the model's
+# forward, a chunk of tokens at a time, together with its gradient. Cost: the head's gradient is
+# summed over the chunks in the compute dtype.
+
+
+def build_forward(model: nn.Module, *, chunk: int, document_mask: bool) -> Callable:
+    """What stands in for `model.forward`: it returns the loss, so that logits never leave it."""
+    decoder_name = model.base_model_prefix
+    in_decoder = {id(module) for module in getattr(model, decoder_name).modules()}
+    head = [(module, name) for module in model.modules() if id(module) not in in_decoder
+            for name, weight in module._parameters.items() if weight is not None]
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    takes_documents = model.config._attn_implementation.startswith(("varlen", "flash"))
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        """(C, V) of hidden states (C, H): by the model's own forward behind a decoder that is done,
+        because some models scale or cap their logits."""
+        done = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        model.__dict__[decoder_name] = lambda *_, **__: done  # seen before the submodule
+        try:
+            return type(model).forward(model, use_cache=False).logits[0]
+        finally:
+            del model.__dict__[decoder_name]
+
+    def forward(
+        input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor,
+        documents: torch.Tensor, scale: float,
+    ) -> torch.Tensor:
+        """`scale` times the sum of the cross entropy over the targets; shapes: see Rows.batch."""
+        given = {"position_ids": positions} if document_mask and takes_positions else {}
+        if takes_documents:
+            length = labels.shape[1]  # an upper bound of each document's, and always the same
+            given |= dict(cu_seq_lens_q=documents, cu_seq_lens_k=documents, max_length_q=length,
+                          max_length_k=length)
+        decoder = getattr(model, decoder_name)
+        hidden = decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
+        weights = [getattr(module, name) for module, name in head]
+        return TokenLoss.apply(
+            logits_of, chunk or labels.numel(), scale, torch.is_grad_enabled(),
+            labels.flatten(), hidden.flatten(0, 1), *weights,
+        )
+
+    return forward
+
+
+class TokenLoss(torch.autograd.Function):
+    """`scale` times the sum of the cross entropy, in float32, and its gradient at once.
+
+    A chunk of C tokens at a time: its logits (C, V) are made, turned into its loss and gradient
+    and dropped, so that those of all tokens (405B, 4,096 tokens: 2.1 GB, three times over in
+    float32) never exist. Labels below 0 are no targets.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_of, chunk, scale, training, labels, hidden, *weights):
+        loss = torch.zeros((), device=hidden.device)
+        slopes = [torch.zeros_like(t) for t in (hidden, *weights)] if training else []
+        for start in range(0, len(labels), chunk):
+            label = labels[start : start + chunk, None]
+            counts = scale * (label >= 0)  # (C, 1)
+            with torch.set_grad_enabled(training):
+                part = hidden[start : start + chunk].detach().requires_grad_(training)
+                logits = logits_of(part)
+            log_p = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+            loss -= (log_p.gather(1, label.clamp(min=0)) * counts).sum()
+            if training:
+                slope = log_p.exp_().mul_(counts)  # of softmax: p - 1 at the label, p elsewhere
+                slope.scatter_add_(1, label.clamp(min=0), -counts.to(slope))
+                found = torch.autograd.grad(
+                    logits, (part, *weights), slope.to(logits.dtype), allow_unused=True
+                )
+                slopes[0][start : start + chunk] = found[0]
+                for total, more in zip(slopes[1:], found[1:], strict=True):
+                    total if more is None else total.add_(more)
+            del logits, log_p
+        ctx.slopes = slopes
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return (None,) * 5 + tuple(slope.mul_(upstream) for slope in ctx.slopes)
