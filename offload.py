@@ -347,6 +347,15 @@ class Sample:
         return torch.stack((same.sum(), torch.full_like(same.sum(), same.numel()))).float()
 
 
+def share_over_ranks(counts: torch.Tensor | None) -> float | None:
+    """counts[0] / counts[1], both summed over the ranks; None if there are none yet."""
+    if counts is None:
+        return None
+    counts = counts.clone()
+    dist.all_reduce(counts)
+    return (counts[0] / counts[1]).item()
+
+
 # --- 3. Host memory and cores -----------------------------------------------------------------
 # AdamW on the host is as fast as its memory. So each rank works on the NUMA node of its GPU, whose
 # cores it shares out with the ranks of the other GPUs there; pages are pinned where they are first

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecision
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -56,8 +57,9 @@ def plain_step(model, batches, masters, slices, adamw, *, norm, clip) -> None:
     for batch in batches:
         loss = model(*batch, None, None, 1.0)
         for name, gradient in zip(named, torch.autograd.grad(loss, named.values()), strict=True):
-            dist.all_reduce(gradient.div_(dist.get_world_size()))
-            total[name] += gradient.float()
+            summed = gradient.float() / dist.get_world_size()
+            dist.all_reduce(summed)
+            total[name] += summed
     assert abs(torch.stack([t.norm() for t in total.values()]).norm() / norm - 1) < 1e-5
     for name, master in masters.items():
         part = slices[f"model.{name}"]
@@ -69,6 +71,8 @@ def plain_step(model, batches, masters, slices, adamw, *, norm, clip) -> None:
 def compare(argv: list[str], out: str, dtype: str) -> None:
     dtype = getattr(torch, dtype)
     train_llm.compute_dtype = lambda device: dtype
+    mixed = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)  # as it is on a GPU
+    train_llm.FSDP = lambda *given, **named: FSDP(*given, **named | {"mixed_precision": mixed})
     args = train_llm.parse_args(argv)
     processes = train_llm.join_processes()
     model = train_llm.build_model(args)
@@ -144,7 +148,7 @@ if __name__ == "__main__":
         # Each job gets a store of its own: torchrun's still holds the keys of the job before.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(port + i)
-        train_llm.compute_dtype = real_dtype
+        train_llm.compute_dtype, train_llm.FSDP = real_dtype, FSDP
         offload.HostAdamW.step_unit = step_unit_with(job.get("fault", {}))
         if "compare" in job:
             compare(job["argv"], job["compare"], job["dtype"])
