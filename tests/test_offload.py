@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import main_in_process, options_of, read_metrics, torchrun
 
+import download
 import offload
 import train_llm
 
@@ -26,6 +27,8 @@ def on_two_ranks(jobs: list[dict], folder: Path):
 def runs(tmp_path_factory, tiny, corpus, rows_dir):
     """A folder of finished runs, and the function that makes a job for another one."""
     folder = tmp_path_factory.mktemp("offload")
+    download.prepare_rows(model_name=str(tiny), dataset_name=str(corpus), seq_length=32,
+                          rows_dir=rows_dir)  # in this process: the script would start one for it
 
     def job(name: str, fault: dict | None = None, **options) -> dict:
         return {"fault": fault or {}, "argv": options_of(**dict(
