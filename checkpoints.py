@@ -307,6 +307,29 @@ class Saver:
                     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_room(
+    folder: Path, args: Namespace, *, parameters: int, part: float, exports: bool
+) -> None:
+    """Raises InputError if the disk of `folder` has too little room for a run's results.
+
+    `part` of each checkpoint lies on it, and one more than are kept while a save is under way.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    old = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*"))
+    free = shutil.disk_usage(nearest).free + old
+    one = 12 * parameters * part  # bytes: weights and two moments in float32
+    need = one * (args.keep_checkpoints + 1) if args.ckpt_freq else 0
+    if exports:
+        need += {"float32": 4, "bfloat16": 2, "none": 0}[args.export_dtype] * parameters
+    if free < need:
+        gib = [f"{size / 2**30:,.1f} GiB" for size in (free, need, one)]
+        raise InputError(
+            f"--save-dir {args.save_dir} has room for {gib[0]}, and the run needs {gib[1]} there"
+            f" ({gib[2]} a checkpoint, one more than --keep-checkpoints {args.keep_checkpoints}"
+            " while one is saved); make room, or choose another --save-dir"
+        )
+
+
 class SliceStager(AsyncStager):
     """Copies slices into one slab of host memory, shared with the writing process and used again.
 

@@ -199,6 +199,12 @@ def check_options(args: argparse.Namespace) -> None:
         if not args.compile:
             raise OptionError(f"--float8 {args.float8} is slower than bfloat16 unless its casts are"
                               " fused: add --compile")
+    alone = torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
+    if args.compile and alone and args.global_batch_size > args.batch_size:
+        # torch 2.11: of weights that are not sharded, the compiler copies a gradient in float32 to
+        # a bfloat16 view, and stops, when it must compile anew while gradients are kept.
+        raise OptionError("--compile on one GPU cannot accumulate gradients; let --batch-size be"
+                          " --global-batch-size, use more GPUs, or leave --compile out")
     if args.cpu_offload == "on" and not torch.cuda.is_available():
         raise OptionError("--cpu-offload on needs a GPU, and there is none; leave it out")
     if args.cpu_offload == "optimizer" and args.forward_prefetch:
@@ -243,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         return checkpoints.export_checkpoint(args.export, args.to, getattr(torch, args.dtype))
     model = build_model(args)  # on meta: names and shapes, no memory
     if args.check:
-        return print(describe(args, model, find_rows(args), planned_processes()))
+        check_node(args, model, processes := planned_processes())
+        return print(describe(args, model, find_rows(args), processes))
 
     processes = join_processes()
     rows = prepare_rows(args, processes)
@@ -302,6 +309,17 @@ def main(argv: list[str] | None = None) -> None:
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
+
+
+def check_node(args: argparse.Namespace, model: nn.Module, processes: "Processes") -> None:
+    """Raises InputError if this node lacks weights that it is to read, or room for checkpoints."""
+    folder = args.save_dir / args.experiment_name
+    first = processes.rank == 0
+    if first and not args.random_init and not checkpoints.whole_checkpoints(folder):
+        download.check_weights(args.model_name)
+    part = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / processes.world_size
+    parameters = sum(p.numel() for p in model.parameters())
+    checkpoints.check_room(folder, args, parameters=parameters, part=part, exports=first)
 
 
 def describe(
@@ -650,7 +668,7 @@ def prepare_rows(args: argparse.Namespace, processes: Processes) -> Rows:
     """
 
     def prepare() -> None:
-        words = [sys.executable, str(HERE / "download.py")]
+        words = [sys.executable, str(HERE / "download.py"), "--skip-model"]
         for name, value in row_inputs(args).items():
             if value is False:
                 words.append(f"--no-{name.replace('_', '-')}")
@@ -990,6 +1008,8 @@ def end_profile(profiler: torch.profiler.profile, folder: Path, rank: int) -> No
 class Heart:
     """A small file a rank, rewritten in place: what it does, and how far it is, for a monitor."""
 
+    newest = None  # of this process
+
     def __init__(self, folder: Path, steps: int, processes: Processes):
         path = folder / "heartbeats" / f"rank-{processes.rank:05}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -997,8 +1017,10 @@ class Heart:
         self.fixed = dict(rank=processes.rank, local_rank=processes.local_rank, pid=os.getpid(),
                           world_size=processes.world_size, host=platform.node(), steps=steps)
         self.beat("loading", 0)
+        Heart.newest = self
 
     def beat(self, phase: str, step: int) -> None:
+        self.step = step
         row = json.dumps(self.fixed | dict(phase=phase, step=step, time=time.time()))
         os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
 
@@ -1050,7 +1072,11 @@ if __name__ == "__main__":
     log.disabled = int(os.environ.get("RANK", 0)) > 0
     try:
         main()
-    except InputError as error:
+    except BaseException as error:
+        if Heart.newest:
+            Heart.newest.beat("failed", Heart.newest.step)
+        if not isinstance(error, InputError):
+            raise
         # All processes of a node may have found this error: the first one speaks, and torchrun then
         # ends the others. One still alive after ten seconds found an error of its own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -404,10 +404,11 @@ def test_the_command_tells_an_error_in_one_line_with_status_1(inputs):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("", "give --demo, or --model-name"), ("--model-name m --seq-length 8", "give --demo, or"),
+    ("", "give --model-name, or --demo"),
+    ("--model-name m --seq-length 8", "give --dataset-name and --seq-length"),
     ("--demo --seq-length 8", "--demo takes no option but --to"),
     ("--demo --no-document-mask", "--demo takes no option but --to"),
-    ("--to x", "--to is where --demo is made"), ("--dem", "unrecognized arguments: --dem"),
+    ("--to x", "give --model-name, or --demo"), ("--dem", "unrecognized arguments: --dem"),
     ("--model-name m --dataset-name d --seq-length 1", "a row needs 2 tokens"),
 ])
 def test_options_that_do_not_fit_end_with_status_2(words, message, capsys):

@@ -1,7 +1,7 @@
 """launch.sh with real tmux and real torchrun; a stand-in takes the place of the trainer only.
 
-The stand-in writes down what reached it and then does what `--then` says. A start costs about six
-seconds (torch is imported twice), so runs are shared between tests through fixtures.
+The stand-in writes down what reached it and then does what `--then` says. A start costs seconds
+(torchrun imports torch), so runs are shared between tests through fixtures.
 """
 
 import json
@@ -67,19 +67,29 @@ NASTY = [
 ]  # fmt: skip
 
 
+def write_quick_python(path: Path) -> str:
+    """A Python that knows its packages by heart: looking would import torch, for seconds."""
+    known = "python 3 torch 2 cuda None nccl None transformers 5 gpus 0"
+    path.write_text(f'#!/bin/sh\n[ "$*" != - ] || exec printf "%s\\t%s\\n" {known}\n'
+                    f'exec {sys.executable} "$@"\n')  # fmt: skip
+    path.chmod(0o755)
+    return str(path)
+
+
 class House:
     """A copy of launch.sh and hosts, with stand-ins for what it starts, and a tmux of its own."""
 
     def __init__(self, root: Path, sockets: Path):
         self.root = root
         self.environ = {
-            **os.environ, "PYTHON": sys.executable, "TMUX_TMPDIR": str(sockets),
+            **os.environ, "PYTHON": str(root / "python"), "TMUX_TMPDIR": str(sockets),
             "KILL_GRACE_SECONDS": "2", "HF_HOME": "/somewhere/with space",
         }  # fmt: skip
         self.environ.pop("OMP_NUM_THREADS", None)
         root.mkdir()
         for name in ("launch.sh", "hosts"):
             shutil.copy(REPOSITORY / name, root)
+        write_quick_python(root / "python")
         (root / "train_llm.py").write_text(TRAINER)
         (root / "download.py").write_text(DOWNLOADER)
 
@@ -154,7 +164,8 @@ def house(tmp_path_factory):
 def finished(house):
     started = house.launch(
         "--", "--experiment-name=done", "--model-name", "m", "--save-dir", "results",
-        "--then", "finish", "--nasty", *NASTY, cwd=Path("/"), OMP_NUM_THREADS="3",
+        "--then", "finish", "--nasty", *NASTY,
+        cwd=Path("/"), OMP_NUM_THREADS="3", PYTHON=sys.executable,
     )  # fmt: skip
     wait_for((house.logs("done") / "exit_code").exists)
     return started
@@ -444,6 +455,15 @@ class Fleet(House):
     def login(self, host: str, script: str) -> None:
         (self.fakes / f"{host}.login").write_text(script)
 
+    def install(self, name: str, script: str) -> None:
+        (self.fakes / "bin" / name).write_text("#!/usr/bin/env bash\n" + script)
+        (self.fakes / "bin" / name).chmod(0o755)
+
+    def delay_start(self, host: str, seconds: int) -> None:
+        """host_start asks for the number of cores, just before it starts anything."""
+        late = f"[[ $FAKE_HOST != {host} ]] || {{ sleep {seconds}; touch $FAKES/late; }}\n"
+        self.install("nproc", f"{late}echo 2\n")
+
     def told(self) -> list[str]:
         return (self.fakes / "ssh").read_text().splitlines()
 
@@ -539,42 +559,42 @@ def test_a_dead_host_keeps_the_others_from_starting_but_not_from_being_stopped(f
 
 
 def test_a_host_that_hangs_during_the_start_is_given_up_and_starts_nothing_later(fleet):
-    # it answers the check; told to start, it sleeps past the limit, and then wants to go on
-    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
-                '((n != 3)) || { trap "" TERM; sleep 9; }\n')  # fmt: skip
-    start = fleet.launch("--name", "half", *MODEL, SSH_SECONDS="2")
+    fleet.delay_start("node-1", 6)
+    start = fleet.launch("--name", "half", *MODEL, SSH_SECONDS="3")
     assert start.returncode == 1
     assert "node-1: gave no answer in time" in start.stderr
     assert "what did start is stopped" in start.stderr
-    time.sleep(8)
+    wait_for((fleet.fakes / "late").exists)
+    time.sleep(1)
     assert not fleet.alive("half")
 
 
 def test_an_interrupted_start_takes_back_what_it_started(fleet):
-    fleet.login("node-1", 'n=$(($(cat "$FAKES/n" 2> /dev/null) + 1)); echo $n > "$FAKES/n"\n'
-                "((n != 3)) || sleep 4\n")  # fmt: skip
+    fleet.delay_start("node-1", 3)
     start = fleet.popen("--name", "half", *MODEL)
     wait_for(lambda: fleet.alive("half") == ["node-10", "node-2"])
     start.terminate()
     _, err = start.communicate(timeout=60)
     assert start.returncode == 130
     assert "interrupted" in err
-    time.sleep(4)
+    wait_for((fleet.fakes / "late").exists)
+    time.sleep(1)
     assert not fleet.alive("half")
 
 
 def test_a_clock_two_seconds_off_is_warned_of_and_what_bashrc_prints_is_ignored(fleet):
     fleet.login("node-10", "echo Welcome; echo 'fail	hello'\n"
-                "sh -c \"$2\" | awk '/^clock/ {$2 = sprintf(\"%.6f\", $2 + 2)} {print; fflush()}'\n"
-                "exit ${PIPESTATUS[0]}\n")  # fmt: skip
+                'sh -c "$2" | while IFS= read -r said; do\n'
+                '[[ $said != clock* ]] || said="clock $((${said//[!0-9]/} / 1000000 + 2)).000000"\n'
+                'echo "$said"; done; exit\n')  # fmt: skip
     check = fleet.launch("check", "--name", "x", *MODEL)
     assert check.returncode == 0, check.stderr
     assert re.search(r"warning: node-10: its clock is \+[12]\.\d+ s off", check.stdout)
 
 
 def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
-    (fleet.fakes / "bin/nvidia-smi").write_text(
-        "#!/usr/bin/env bash\n"
+    fleet.install(
+        "nvidia-smi",
         'case "$*" in\n'
         f"  *compute-apps*) [[ $FAKE_HOST != node-1 ]] || echo '{os.getpid()}, other.py' ;;\n"
         "  *remapped*) echo 'No, No' ;;\n"
@@ -583,9 +603,8 @@ def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
         "     [[ $FAKE_HOST != node-10 ]] || used=9000\n"
         '     echo "0, NVIDIA H100 80GB HBM3, 570.1, $ecc, 4"\n'
         '     echo "1, NVIDIA H100 80GB HBM3, 570.1, [N/A], $used" ;;\n'
-        "esac\n"
+        "esac\n",
     )
-    (fleet.fakes / "bin/nvidia-smi").chmod(0o755)
     for number in (1, 2, 10):
         fleet.facts(f"node-{number}", gpus="2", cuda="13.0", nccl="(2, 28)")
     check = fleet.launch("check", "--name", "x", "--nproc-per-node", "gpu", *MODEL)
@@ -596,6 +615,46 @@ def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
     assert "node-10: memory is in use on GPU 1 (9000 MiB), by no process seen here" in check.stderr
     assert "2 x NVIDIA H100" in check.stdout
     assert check.stderr.count("launch.sh: ") == 4  # three complaints, and that nothing was started
+
+
+def test_localhost_may_stand_among_hosts_behind_ssh(fleet):
+    fleet.write_hosts("localhost\nnode-2\n")
+    words = ("--name", "mixed", *MODEL)
+    shown = fleet.launch("--dry-run", *words, FAKE_HOST="node-1")  # this machine's address
+    # the second host is to reach the first: by the address from which the second is reached
+    assert shown.stdout.count("--rdzv-endpoint 10.1.0.1:29500") == 2, shown.stderr
+    start = fleet.launch(*words, FAKE_HOST="node-1")
+    assert start.returncode == 0, start.stderr
+    assert "2 CPU process(es) started on 2 host(s): localhost node-2" in start.stdout
+    assert not any(" localhost " in line for line in fleet.told())
+    assert fleet.alive("mixed") == ["localhost", "node-2"]
+    stop = fleet.launch("stop", "--now", "--name", "mixed")
+    assert stop.returncode == 0
+    assert not fleet.alive("mixed")
+
+
+def test_too_little_disk_shared_memory_or_open_files_are_told_with_their_remedy(fleet):
+    fleet.install("df", "echo Avail; case $FAKE_HOST in node-1) printf '%s\\n' 99 90000 400 ;;\n"
+                        "*) printf '%s\\n' 90000 90000 9000 ;; esac\n")  # fmt: skip
+    fleet.login("node-10", "ulimit -n 1000\n")
+    check = fleet.launch("check", "--name", "x", *MODEL)
+    assert check.returncode == 1
+    assert "node-1: has less than 1 GiB free in logs; make room" in check.stderr
+    assert "node-1: has 400 MiB free in /dev/shm, NCCL wants 512; in Docker: --shm-size 1g" in (
+        check.stderr)
+    assert "node-10: may open 1000 files at once (ulimit -Hn), training wants 4096" in check.stderr
+    assert check.stderr.count("launch.sh: ") == 4  # three complaints, and that nothing was started
+
+
+def test_check_tells_which_paths_are_one_place_for_all_hosts(fleet):
+    fleet.login("node-10", "export HF_HOME=$FAKES/other\n")
+    (fleet.fakes / "other").mkdir()
+    (fleet.root / "model").mkdir()
+    words = ("--", "--model-name", "model", "--dataset-name", "nowhere.jsonl")
+    check = fleet.launch("check", "--name", "x", *words, HF_HOME="")
+    assert check.returncode == 0, check.stderr
+    assert re.search(r"  disks +logs: shared; outputs: shared; model: shared", check.stdout)
+    assert "nowhere.jsonl" not in check.stdout
 
 
 def test_status_tells_the_slowest_rank_of_each_host_by_its_heartbeat(fleet):

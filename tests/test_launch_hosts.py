@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
+from test_launch import wait_for, write_quick_python
 
 needed = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "tmux", "mount")
 missing = [tool for tool in needed if not shutil.which(tool, path="/usr/sbin:/sbin:/usr/bin:/bin")]
@@ -169,31 +170,27 @@ class Cluster:
         for host in self.hosts.values():
             to = host.project / folder
             to.mkdir()
-            for name in ("launch.sh", "train_llm.py", "download.py"):
-                shutil.copy(ROOT / name, to)
+            for path in (ROOT / "launch.sh", *ROOT.glob("*.py")):
+                shutil.copy(path, to)
             lines = "".join(f"{name} # it\n" for name in ADDRESSES)
             (to / "hosts").write_text(f"\n# three\n{lines}")
             if trainer:
                 (to / "train_llm.py").write_text(trainer)
+                write_quick_python(to / "python")
 
     def launch(self, folder: str, *words: str, on: str = "node-2", **environ):
         """launch.sh on a host, in its copy of the project."""
+        quick = self.project / folder / "python"  # beside a stand-in
+        python = quick if (self[on].project / folder / "python").exists() else sys.executable
         return subprocess.run(
             self[on].command("bash", self.project / folder / "launch.sh", *words),
             capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
-            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "PYTHON": sys.executable,
+            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "PYTHON": str(python),
                  "HF_HUB_OFFLINE": "1", "KILL_GRACE_SECONDS": "3", **environ},
         )  # fmt: skip
 
     def carriers(self, marker: str) -> dict[str, list[str]]:
         return {name: host.processes(marker) for name, host in self.hosts.items()}
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +252,12 @@ def losses(text: str) -> list[float]:
     return [json.loads(line)["loss"] for line in text.splitlines()]
 
 
+def has_ended(cluster: Cluster, folder: str, name: str) -> bool:
+    """Whether it wrote an exit code everywhere; to ask launch.sh all the time costs two cores."""
+    return all((host.project / folder / "logs" / name / host.name / "exit_code").exists()
+               for host in cluster.hosts.values())
+
+
 def state(cluster: Cluster, folder: str, name: str) -> str:
     return cluster.launch(folder, "status", "--name", name).stdout
 
@@ -267,7 +270,7 @@ def start_to_train(cluster: Cluster, folder: str, words: list, **environ) -> lis
     )
     assert started.returncode == 0, started.stderr
     assert f"is on {RANK_0} (10.97.0.10," in started.stdout
-    wait_for(lambda: "running" not in state(cluster, folder, name), 200)
+    wait_for(lambda: has_ended(cluster, folder, name), 200)
     status = cluster.launch(folder, "status", "--name", name)
     assert status.returncode == 0, cluster.launch(folder, "errors", "--name", name).stdout
     assert status.stdout.count(": finished, step 6 of 6") == 3, status.stdout
@@ -292,11 +295,12 @@ def test_three_hosts_train_to_the_losses_of_one_host_with_three_processes(
         shutil.copytree(tiny, host.project / "real/tiny")
         shutil.copy(corpus, host.project / "real/corpus.jsonl")
     recipe = ["--experiment-name", "three", "--max-steps", "6", "--seq-length", "32",
-              "--lr", "1e-3", "--global-batch-size", "6", "--log-freq", "1"]  # fmt: skip
-    data = ["--model-name", "tiny", "--dataset-name", "corpus.jsonl"]
-    three = start_to_train(cluster, "real", recipe + data)
+              "--lr", "1e-3", "--global-batch-size", "6", "--log-freq", "1",
+              "--rows-dir", str(tmp_path / "rows")]  # fmt: skip
     data = ["--model-name", str(tiny), "--dataset-name", str(corpus)]
     one = losses_on_one_host(recipe + data, tmp_path, "three", tmp_path)
+    data = ["--model-name", "tiny", "--dataset-name", "corpus.jsonl"]  # makes the same rows
+    three = start_to_train(cluster, "real", recipe + data)
     assert len(three) == 6
     assert three == pytest.approx(one, rel=1e-6)
     assert three[5] < three[0]
@@ -447,6 +451,48 @@ def test_a_port_that_another_host_cannot_reach_is_found(cluster):
 
 
 @pytest.mark.drill
+def test_a_firewall_between_two_hosts_is_found_although_ssh_reaches_both(cluster):
+    # ports of a switch that are isolated talk to all others, but not to each other
+    isolate = "ip -n {} link set {} type bridge_slave isolated {}"
+    pair = [cluster.links["node-2"], cluster.links["node-3"]]
+    sh(";".join(isolate.format(cluster.switch, link, "on") for link in pair))
+    sh(f"ip -n {cluster['node-3'].namespace} neigh flush all")
+    try:
+        check = cluster.launch("stand-in", "check", "--name", "ill", *QUICK, "obey", on="node-10")
+    finally:
+        sh(";".join(isolate.format(cluster.switch, link, "off") for link in pair))
+    assert check.returncode == 1
+    assert "node-3: cannot reach the rendezvous at 10.97.0.2:29500 (" in check.stderr
+    assert "open that port, or name another with --port" in check.stderr
+    assert "node-10: " not in check.stderr
+
+
+@pytest.mark.drill
+def test_limits_and_disks_of_each_host_are_told_with_their_remedy(cluster):
+    mounts = {"node-2": "mount -t tmpfs -o size=300m tmpfs /dev/shm",
+              "node-10": f"mount -t tmpfs -o size=500m tmpfs {cluster.project}/stand-in/logs",
+              "node-3": "mount -t tmpfs tmpfs /sys/class && mkdir /sys/class/infiniband"}
+    for name, command in mounts.items():
+        (cluster[name].project / "stand-in/logs").mkdir(exist_ok=True)
+        cluster[name].sh(command)
+    try:
+        with cluster["node-3"].on_login("ulimit -l 64; ulimit -n 1024\n"):
+            check = cluster.launch("stand-in", "check", "--name", "ill", *QUICK, "obey")
+    finally:
+        for name, command in mounts.items():
+            cluster[name].sh("umount /" + command.partition(" tmpfs /")[2].split()[0])
+    assert check.returncode == 1
+    for told in (
+        r"node-2: has 300 MiB free in /dev/shm, NCCL wants 512; in Docker: --shm-size 1g, else:"
+        " mount -o remount,size=1g /dev/shm",
+        r"node-10: has less than 1 GiB free in logs; make room",
+        r"node-3: may open 1024 files at once \(ulimit -Hn\), training wants 4096; raise nofile",
+        r"node-3: has InfiniBand, but may lock 64 KiB of memory \(ulimit -Hl\); set memlock",
+    ):
+        assert re.search(told, check.stderr), check.stderr
+
+
+@pytest.mark.drill
 def test_an_option_that_the_trainer_refuses_is_told_once_for_all_hosts(cluster):
     trainer = "import sys; sys.stderr.write('no such option'); sys.exit(2)"
     cluster.copy_project("refusing", trainer=trainer)
@@ -470,6 +516,35 @@ def test_if_one_host_cannot_start_the_others_are_stopped(cluster):
     assert "what did start is stopped" in start.stderr
     assert "SIGTERM to" in start.stderr
     assert cluster.carriers("TRAIN_LLM_RUN_ID=half") == {name: [] for name in ADDRESSES}
+
+
+@pytest.mark.drill
+def test_a_launcher_that_is_terminated_while_it_starts_leaves_nothing(cluster):
+    # the last host is slow: it asks for its cores just before it starts
+    slow = cluster["node-3"].project / "stand-in/slow/nproc"
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\nsleep 15\necho 1\n")
+    slow.chmod(0o755)
+    with cluster["node-3"].on_login(f"PATH={cluster.project}/stand-in/slow:$PATH\n"):
+        start = subprocess.Popen(
+            cluster["node-2"].command("bash", cluster.project / "stand-in/launch.sh",
+                                      "--name", "cut", *QUICK, "obey"),
+            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={"PATH": os.environ["PATH"], "HOME": str(cluster.home),
+                 "PYTHON": str(cluster.project / "stand-in/python"), "KILL_GRACE_SECONDS": "3"},
+        )
+        marker = "TRAIN_LLM_RUN_ID=cut"
+        wait_for(lambda: all(cluster[name].processes(marker) for name in ("node-2", "node-10")))
+        # nsenter forks: the launcher is the process that carries the name of the run
+        cluster["node-2"].sh("for p in $(pgrep -f 'launch.sh --name cut'); do kill -TERM $p; done")
+        _, err = start.communicate(timeout=90)
+    assert start.returncode == 130
+    assert "interrupted" in err
+    assert "what did start is stopped" in err
+    time.sleep(16)  # until the slow host has got as far as to start
+    assert cluster.carriers(marker) == {name: [] for name in ADDRESSES}
+    agent = cluster["node-3"].project / "stand-in/logs/cut/node-3/agent.log"
+    assert not agent.exists(), "it was told that the run was given up"
 
 
 @pytest.mark.drill
@@ -522,9 +597,10 @@ def test_stop_leaves_no_process_of_a_run_whose_agent_was_killed_and_no_other_is_
         " tr '\\0' ' ' < $p/cmdline | grep -q '^[^ ]*python[^ ]* -m torch.distributed.run'"
         " && kill -9 ${p#/proc/}; done"
     )
-    wait_for(lambda: "node-3: failed with exit code 137" in state(cluster, "stand-in", "stubborn"))
+    wait_for((cluster["node-3"].project / "stand-in/logs/stubborn/node-3/exit_code").exists)
     status = cluster.launch("stand-in", "status", "--name", "stubborn")
     assert status.returncode == 1
+    assert "node-3: failed with exit code 137" in status.stdout
     assert "process(es) of it are left" in status.stdout
     errors = cluster.launch("stand-in", "errors", "--name", "stubborn")
     assert "first to fail: torchrun on node-3" in errors.stdout
@@ -549,7 +625,7 @@ def test_stop_leaves_no_process_of_a_run_whose_agent_was_killed_and_no_other_is_
 def test_errors_tells_who_failed_first_from_who_only_lost_its_peers(cluster, bystander):
     words = ("--name", "failing", *QUICK, "fail")
     started = cluster.launch("stand-in", *words)
-    wait_for(lambda: "running" not in state(cluster, "stand-in", "failing"))
+    wait_for(lambda: has_ended(cluster, "stand-in", "failing"))
     errors = cluster.launch("stand-in", "errors", "--name", "failing")
     assert errors.returncode == 0, errors.stderr
     lines = errors.stdout.splitlines()
@@ -567,7 +643,8 @@ def test_the_logs_of_an_attempt_survive_a_restart(cluster, bystander):
     words = ("--name", "again", "--max-restarts", "1", *QUICK, "fail-once")
     started = cluster.launch("stand-in", *words)
     assert started.returncode == 0, started.stderr
-    wait_for(lambda: state(cluster, "stand-in", "again").count("finished") == 3)
+    wait_for(lambda: has_ended(cluster, "stand-in", "again"), 60)
+    assert state(cluster, "stand-in", "again").count("finished") == 3
     for rank, (name, host) in zip((1, 0, 2), cluster.hosts.items(), strict=True):
         logs = (host.project / "stand-in/logs/again" / name).rglob("*stderr.log")
         texts = [log.read_text() for log in logs]

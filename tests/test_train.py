@@ -254,6 +254,8 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
     assert done.stderr.count("error: step ") == 1, done.stderr
     assert "No update was made" in done.stderr
     assert not (tmp_path / "nan" / "model").exists()
+    beats = [json.loads(path.read_text()) for path in tmp_path.glob("nan/heartbeats/*")]
+    assert {beat["phase"] for beat in beats} == {"failed"}
 
 
 # --- bad input: (options, exit status, words that its one message must hold) -----------------
