@@ -126,7 +126,7 @@ def add_up_offloaded_gradients(model: FSDP) -> None:
 # no slower than the GPU computes one; the first units, with nothing to hide behind, are waited for.
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """One FSDP unit on this rank: n elements of its flattened parameters, padding included."""
 
@@ -345,6 +345,15 @@ class Sample:
         """(2,) float32: how many are, bit for bit, as when taken, and how many there are."""
         same = self.before == self.values()
         return torch.stack((same.sum(), torch.full_like(same.sum(), same.numel()))).float()
+
+
+def share_over_ranks(counts: torch.Tensor | None) -> float | None:
+    """counts[0] / counts[1], both summed over the ranks; None if there are none yet."""
+    if counts is None:
+        return None
+    counts = counts.clone()
+    dist.all_reduce(counts)
+    return (counts[0] / counts[1]).item()
 
 
 # --- 3. Host memory and cores -----------------------------------------------------------------

@@ -930,7 +930,7 @@ class Meter:
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": state.optimizer.param_groups[0]["lr"],
-            "update_lost": share_over_ranks(state.optimizer.unchanged),
+            "update_lost": offload.share_over_ranks(state.optimizer.unchanged),
             "tokens_per_second": per_gpu * self.processes.world_size,
             "tokens_per_second_per_gpu": per_gpu,
             "mfu": self.mfu(per_gpu),
@@ -956,15 +956,6 @@ class Meter:
         name = torch.cuda.get_device_name()
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
         return peak and tokens_per_second_per_gpu * self.flops_per_token / peak
-
-
-def share_over_ranks(counts: torch.Tensor | None) -> float | None:
-    """counts[0] / counts[1], both summed over the ranks; None if there are none yet."""
-    if counts is None:
-        return None
-    counts = counts.clone()
-    dist.all_reduce(counts)
-    return (counts[0] / counts[1]).item()
 
 
 def matmul_parameters(model: nn.Module) -> int:

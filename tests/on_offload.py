@@ -12,6 +12,7 @@ import copy
 import functools
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,9 +22,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecision
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import layers
 import offload
 import train_llm
 
@@ -52,10 +55,11 @@ def plain_step(model, batches, masters, slices, adamw, *, norm, clip) -> None:
     named = dict(model.named_parameters())
     total = {name: torch.zeros(p.shape) for name, p in named.items()}
     for batch in batches:
-        loss = train_llm.token_loss(model, *batch, None)
+        loss = model(*batch, None, None, 1.0)
         for name, gradient in zip(named, torch.autograd.grad(loss, named.values()), strict=True):
-            dist.all_reduce(gradient.div_(dist.get_world_size()))
-            total[name] += gradient.float()
+            summed = gradient.float() / dist.get_world_size()
+            dist.all_reduce(summed)
+            total[name] += summed
     assert abs(torch.stack([t.norm() for t in total.values()]).norm() / norm - 1) < 1e-5
     for name, master in masters.items():
         part = slices[f"model.{name}"]
@@ -67,11 +71,14 @@ def plain_step(model, batches, masters, slices, adamw, *, norm, clip) -> None:
 def compare(argv: list[str], out: str, dtype: str) -> None:
     dtype = getattr(torch, dtype)
     train_llm.compute_dtype = lambda device: dtype
+    mixed = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)  # as it is on a GPU
+    train_llm.FSDP = lambda *given, **named: FSDP(*given, **named | {"mixed_precision": mixed})
     args = train_llm.parse_args(argv)
     processes = train_llm.join_processes()
     model = train_llm.build_model(args)
-    model = train_llm.shard(model, train_llm.load_weights(args, processes), args, processes)
+    model = train_llm.shard(model, train_llm.find_weights(model, args, processes), args, processes)
     plain = AutoModelForCausalLM.from_pretrained(args.model_name, dtype=torch.float32)
+    plain.forward = layers.build_forward(plain, chunk=args.loss_chunk, document_mask=False)
     whole = {name: p.detach().clone() for name, p in plain.named_parameters()}
     for parameter in plain.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -92,7 +99,7 @@ def compare(argv: list[str], out: str, dtype: str) -> None:
     for step in range(3):
         batches = [torch.randint(0, 300, (2, 2, 16)) for _ in range(2)]
         for batch in batches:
-            train_llm.token_loss(model, *batch, None).backward()
+            model(*batch, None, None, 1.0).backward()
         norm = optimizer.clip_grad_norm_(1.0).item()
         optimizer.step()
         plain_step(plain, batches, masters, slices, adamw, norm=norm, clip=1.0)
@@ -120,7 +127,7 @@ def hold_and_load(optimizer, model, slices, batches) -> dict:
     moved = []
     for bad in (1.0, 0.0):
         optimizer.found_inf = torch.tensor(bad)
-        train_llm.token_loss(model, *batches[0], None).backward()
+        model(*batches[0], None, None, 1.0).backward()
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
         optimizer.join()
@@ -134,13 +141,14 @@ def hold_and_load(optimizer, model, slices, batches) -> dict:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     port, real_dtype = int(os.environ["MASTER_PORT"]), train_llm.compute_dtype
     for i, job in enumerate(jobs, start=1):
         # Each job gets a store of its own: torchrun's still holds the keys of the job before.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(port + i)
-        train_llm.compute_dtype = real_dtype
+        train_llm.compute_dtype, train_llm.FSDP = real_dtype, FSDP
         offload.HostAdamW.step_unit = step_unit_with(job.get("fault", {}))
         if "compare" in job:
             compare(job["argv"], job["compare"], job["dtype"])

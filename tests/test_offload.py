@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import main_in_process, options_of, read_metrics, torchrun
 
+import download
 import offload
 import train_llm
 
-RECIPE = dict(seq_length=32, global_batch_size=16, max_steps=8, lr=3e-3, warmup_steps=3, log_freq=1,
-              checkpoint_activations="on", keep_checkpoints=9, export_dtype="float32")
+RECIPE = dict(seq_length=32, global_batch_size=16, max_steps=6, lr=3e-3, warmup_steps=3, log_freq=1,
+              checkpoint_activations="on", keep_checkpoints=9, export_dtype="none")
+EXPORTED = dict(ckpt_freq=3, export_dtype="float32")
 
 
 def on_two_ranks(jobs: list[dict], folder: Path):
@@ -25,6 +27,8 @@ def on_two_ranks(jobs: list[dict], folder: Path):
 def runs(tmp_path_factory, tiny, corpus, rows_dir):
     """A folder of finished runs, and the function that makes a job for another one."""
     folder = tmp_path_factory.mktemp("offload")
+    download.prepare_rows(model_name=str(tiny), dataset_name=str(corpus), seq_length=32,
+                          rows_dir=rows_dir)  # in this process: the script would start one for it
 
     def job(name: str, fault: dict | None = None, **options) -> dict:
         return {"fault": fault or {}, "argv": options_of(**dict(
@@ -32,15 +36,15 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
             dataset_name=corpus, cpu_offload="optimizer", batch_size=2, ckpt_freq=0) | RECIPE
             | options)}
 
-    plain = job("x", max_grad_norm=1)["argv"]
+    plain = job("x", document_mask=False)["argv"]
     jobs = [
         job("off", cpu_offload="off", batch_size=8),
         job("optimizer", batch_size=8),
-        job("off-accumulated", cpu_offload="off", ckpt_freq=4),
-        job("accumulated", ckpt_freq=4),
-        job("late", {"seconds": 0.02}, ckpt_freq=3, async_checkpoint="on"),
-        job("still", lr=0),
-        job("still-off", lr=0, cpu_offload="off"),
+        job("off-accumulated", cpu_offload="off", ckpt_freq=3),
+        job("accumulated", **EXPORTED),
+        job("late", {"seconds": 0.02}, async_checkpoint="on", **EXPORTED),
+        job("still", lr=0, max_steps=2),
+        job("still-off", lr=0, max_steps=2, cpu_offload="off"),
         *({"compare": str(folder / dtype), "dtype": dtype, "argv": plain}
           for dtype in ("float32", "bfloat16")),
     ]
@@ -88,8 +92,8 @@ def test_a_late_worker_and_saves_in_the_middle_change_not_one_bit(runs):
 
 
 def test_update_lost_is_the_share_of_weights_that_a_step_left_as_they_were(runs):
-    assert values(runs[0] / "still", "update_lost") == [None] + [1.0] * 7
-    assert values(runs[0] / "still-off", "update_lost") == [1.0] * 8
+    assert values(runs[0] / "still", "update_lost") == [None, 1.0]
+    assert values(runs[0] / "still-off", "update_lost") == [1.0, 1.0]
     for name in ("off", "optimizer"):
         lost = values(runs[0] / name, "update_lost")[1:]
         assert all(share < 0.02 for share in lost)
@@ -99,7 +103,7 @@ def begun(runs, source: str, name: str, step: int) -> Path:
     """A copy of a run, as if it had died with just the checkpoint of `step`."""
     folder = runs[0] / name
     shutil.copytree(runs[0] / source, folder)
-    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "model", ignore_errors=True)
     for checkpoint in (folder / "checkpoints").iterdir():
         if int(checkpoint.name[-8:]) != step:
             shutil.rmtree(checkpoint)
@@ -114,12 +118,12 @@ def after(runs):
     """
     folder, job = runs
     killed = {"do": "kill", "step": 4, "rank": 1, "seconds": 0.01}
-    assert on_two_ranks([job("killed", killed, ckpt_freq=3)], folder).returncode != 0
+    assert on_two_ranks([job("killed", killed, **EXPORTED)], folder).returncode != 0
     assert [p.name for p in (folder / "killed" / "checkpoints").iterdir()] == ["step-00000003"]
-    begun(runs, "off-accumulated", "from-off", 4)
-    begun(runs, "accumulated", "to-off", 4)
+    begun(runs, "off-accumulated", "from-off", 3)
+    begun(runs, "accumulated", "to-off", 3)
     done = on_two_ranks([
-        job("killed", ckpt_freq=3), job("from-off"), job("to-off", cpu_offload="off"),
+        job("killed", **EXPORTED), job("from-off"), job("to-off", cpu_offload="off"),
         job("fails", {"do": "fail", "step": 2, "rank": 1}),
     ], folder)
     assert done.returncode != 0
@@ -136,7 +140,7 @@ def test_a_run_killed_in_the_middle_of_a_step_resumes_bit_for_bit(runs, after):
 def test_checkpoints_interchange_with_those_of_a_run_without_offload(name, runs, after):
     folder, straight = runs[0] / name, runs[0] / "accumulated"
     assert values(folder) == pytest.approx(values(straight), rel=1e-6)
-    assert [row["step"] for row in read_metrics(folder)] == [*range(1, 9)]
+    assert [row["step"] for row in read_metrics(folder)] == [*range(1, 7)]
 
 
 def test_an_error_in_the_worker_stops_every_rank_and_is_told_once(runs, after):

@@ -16,6 +16,7 @@ import argparse
 import gc
 import gzip
 import json
+import logging
 import os
 import shutil
 import signal
@@ -97,7 +98,7 @@ class Watch:
 
     def finish_trace(self) -> None:
         """Add the worker's own times, which the profiler of another thread does not see."""
-        if not self.trace or dist.get_rank() or not Path(self.trace).exists():
+        if int(os.environ["RANK"]) or not self.trace or not Path(self.trace).exists():
             return
         trace = json.loads(Path(self.trace).read_text())
         base = trace.get("baseTimeNanoseconds", 0)
@@ -163,6 +164,7 @@ def measure_bandwidth(job: dict) -> dict:
 
 
 def worker(file: Path) -> None:
+    logging.basicConfig(level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
     jobs = json.loads(file.read_text())
     port, rank, results = int(os.environ["MASTER_PORT"]), os.environ["RANK"], {}
     for i, job in enumerate(jobs, start=1):
