@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from download import InputError
@@ -150,7 +150,7 @@ def build_forward(model: nn.Module, *, chunk: int, document_mask: bool) -> Calla
     def logits_of(hidden: torch.Tensor) -> torch.Tensor:
         """(C, V) of hidden states (C, H): by the model's own forward behind a decoder that is done,
         because some models scale or cap their logits."""
-        done = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        done = MoeModelOutputWithPast(last_hidden_state=hidden[None])  # has every field asked for
         model.__dict__[decoder_name] = lambda *_, **__: done  # seen before the submodule
         try:
             return type(model).forward(model, use_cache=False).logits[0]

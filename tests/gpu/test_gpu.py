@@ -13,6 +13,7 @@ import pytest
 import reference
 import torch
 from conftest import build_tiny_model, on_ranks, options_of, read_metrics, torchrun
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import download
@@ -197,6 +198,13 @@ def test_a_run_resumes_on_the_same_and_on_another_number_of_gpus(
 
     for ranks in (1, 2)[:GPUS]:
         on_ranks(ranks, [job(f"straight-{ranks}")], tmp_path)
+        straight, exported = tmp_path / f"straight-{ranks}", tmp_path / f"exported-{ranks}"
+        train_llm.main(options_of(export=straight, to=exported))
+        wanted, found = ({name: tensor for file in folder.glob("*.safetensors")
+                          for name, tensor in load_file(file).items()}
+                         for folder in (straight / "model", exported))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         for other in (1, 2)[:GPUS]:
             folder = tmp_path / f"{ranks}-to-{other}"
             shutil.copytree(tmp_path / f"straight-{ranks}", folder)
