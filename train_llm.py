@@ -194,8 +194,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.random_init and args.load != "auto":
         raise OptionError(f"--load {args.load} has no effect with --random-init; leave it out")
     if args.val_dataset_name and args.val_fraction:
-        raise OptionError("--val-dataset-name and --val-fraction both say on what to validate;"
-                          " give one")
+        raise OptionError("--val-dataset-name and --val-fraction exclude each other; give one")
     if (args.eval_only or args.val_freq) and not (args.val_dataset_name or args.val_fraction):
         raise OptionError("--eval-only and --val-freq need --val-dataset-name or --val-fraction")
     if args.val_dataset_split and not args.val_dataset_name:
@@ -274,7 +273,6 @@ def main(argv: list[str] | None = None) -> None:
     saver = checkpoints.Saver(folder, args, processes, state)
     meter = Meter(args, state, rows, val_rows, heart, folder, processes)
     stop = StopRequest(folder)
-    grad_accum_steps = args.global_batch_size // (args.batch_size * processes.world_size)
     while state.step < steps and not stop.agreed():
         meter.begin_step(state.step)
         # ---- the step: everything that changes the weights ----
@@ -286,9 +284,9 @@ def main(argv: list[str] | None = None) -> None:
         # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
         scale = processes.world_size / rows.count_targets(step_rows)  # known before any backward
         loss = torch.zeros((), device=processes.device)
-        for micro_step in range(grad_accum_steps):
+        for micro_rows in rows_of_rank(step_rows, args, processes):  # one micro step each
             with meter.timing("data"):
-                batch = rows.batch(rows_of_rank(step_rows, micro_step, args, processes), processes)
+                batch = rows.batch(micro_rows, processes)
             with meter.timing("forward"):
                 scaled_loss = state.model(*batch, scale)
             with meter.timing("backward"):
@@ -655,11 +653,10 @@ def seed_of(*numbers: int) -> int:
 
 
 def rows_of_rank(
-    step_rows: np.ndarray, micro_step: int, args: argparse.Namespace, processes: Processes
+    step_rows: np.ndarray, args: argparse.Namespace, processes: Processes
 ) -> np.ndarray:
-    """This rank's rows (B,) of one micro step, of the step's rows (G,)."""
-    shares = step_rows.reshape(-1, processes.world_size, args.batch_size)
-    return shares[micro_step, processes.rank]
+    """This rank's rows (grad_accum_steps, B) of the step's rows (G,)."""
+    return step_rows.reshape(-1, processes.world_size, args.batch_size)[:, processes.rank]
 
 
 # --- 6. Loss, optimizer and schedule ----------------------------------------------------------

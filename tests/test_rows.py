@@ -263,7 +263,7 @@ def test_another_data_set_is_validated_on_when_asked_and_at_the_end_and_is_in_no
 @pytest.mark.parametrize("options, message", [
     (dict(eval_only=None), "--eval-only and --val-freq need --val-dataset-name or"),
     (dict(val_freq=5), "--eval-only and --val-freq need --val-dataset-name or"),
-    (dict(val_fraction=0.1, val_dataset_name="v"), "both say on what to validate"),
+    (dict(val_fraction=0.1, val_dataset_name="v"), "exclude each other"),
     (dict(val_dataset_split="test"), "--val-dataset-split has no effect without"),
 ])
 def test_options_of_validation_that_do_not_fit_are_refused(options, message):
