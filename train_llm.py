@@ -340,8 +340,9 @@ def describe(
     steps = planned_steps(args, rows) if rows else "known when rows are prepared"
     tied = ", tied embeddings" if tied_embeddings(model) else ""
     every = f"every {args.val_freq} steps and " if args.val_freq else ""
-    validation = ("none" if not (args.val_dataset_name or args.val_fraction) else f"{every}at the"
-                  f" end, on {' '.join(args.val_dataset_name or ['--val-fraction'])}")
+    val_data = args.val_dataset_name or [f"{args.val_fraction:g} of the documents, held out"]
+    validates = args.val_dataset_name or args.val_fraction
+    validation = f"{every}at the end, on {' '.join(val_data)}" if validates else "none"
     return f"""this run
   model      {type(model).__name__}, {millions:,.1f} M parameters{tied}, {args.model_name}\
 {", initialised at random" if args.random_init else ""}
@@ -744,7 +745,7 @@ def begin_or_resume(
     found = checkpoints.find_checkpoints(folder)
     if args.cpu_offload != "off" and processes.device.type == "cuda":
         offload.use_cores_near_gpu(processes.local_rank)
-    if processes.rank == 0 and not found:
+    if processes.rank == 0 and not found and not args.eval_only:
         checkpoints.keep_model_files(model, args, folder)
     plan = None if found else find_weights(model, args, processes)
     sharded = shard(model, plan, args, processes)
