@@ -62,6 +62,17 @@ def test_each_data_set_of_a_mixture_passes_through_its_own_rows_epoch_by_epoch()
     assert places_of(shares, sizes, steps=24, batch=2).tolist() == seen.tolist()
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_out_the_rows_of_a_mixed_step_whatever_their_number(ranks):
+    step_rows = rows_of_step(7, rows=(9, 4), shares=(Fraction(3, 4), Fraction(1, 4)),
+                             global_batch_size=8, seed=5)
+    args = train_llm.argparse.Namespace(batch_size=2)
+    shares = [train_llm.rows_of_rank(step_rows, args, train_llm.Processes(
+        rank, rank, ranks, 0, torch.device("cpu"))) for rank in range(ranks)]
+    assert all(share.shape == (8 // ranks // 2, 2) for share in shares)
+    assert np.stack(shares, axis=1).flatten().tolist() == step_rows.tolist()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny) -> list[Path]:
     """Rows of two data sets, prepared."""
