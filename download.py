@@ -15,43 +15,49 @@ another name. train_llm.py makes them itself when they are missing. N rows of T 
     meta.json    counts, what the rows were made of, the sha256 of each file above
 
 little-endian, in C order. How to read this file: `main` and `prepare_rows` are the story; sections
-3 to 6 follow a document from its file into its row; section 7 is the demo. `prepare_model` is the
-story of the weights, in section 8.
+4 to 7 follow a document from its file into its row; section 8 is the demo. `prepare_model` is the
+story of the weights, in section 9.
 """
 
 import argparse
+import bisect
 import codecs
 import errno
 import fcntl
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import threading
 import time
 import tokenize
+import unicodedata
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from fnmatch import fnmatch
-from itertools import chain
+from fractions import Fraction
+from functools import cached_property, partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-FORMAT = 1  # of the rows; part of every key, so that rows of another format are never misread
+FORMAT = 2  # of the rows; part of every key, so that rows of another format are never misread
 STARTS, TARGET = 1, 2  # bits of a mark
-FIELD = "text"  # the column, or field of a JSON object, that holds a document
 BATCH_CHARACTERS = 4 << 20  # tokenized at once, on all cores; costs about 0.2 GB while it lasts
+WINDOW_TOKENS = 1 << 24  # of prompts and conversations packed at once; costs about 0.2 GB, too
 
 
 class InputError(ValueError):
@@ -60,37 +66,55 @@ class InputError(ValueError):
 
 # --- 1. Options and the story -----------------------------------------------------------------
 # Three jobs: a model and rows, or the demo. An option that the job at hand would ignore is refused.
+# The options that shape rows are told once, here, for train_llm.py too.
+
+
+def add_row_options(group: argparse._ArgumentGroup) -> None:
+    """The options that download.py and train_llm.py share; their names are RowInputs's."""
+    add = group.add_argument
+    add("--dataset-subset", metavar="NAME", help="subset of a hub data set; None: its only one")
+    add("--dataset-split", metavar="NAME", default="train", help="split of a hub data set")
+    add("--data-format", choices=["text", "chat", "prompt"], help="text: a field text; chat:"
+        " messages or conversations; prompt: prompt and completion, or instruction and output;"
+        " None: found in the first row, and told")
+    add("--chat-template", metavar="FILE", type=Path, help="Jinja template for conversations; None:"
+        " that of the model's tokenizer")
+    add("--train-on", choices=["assistant", "all"], default="assistant", help="assistant: learn"
+        " what the assistant says or what the completion is; all: learn the prompts, too")
+    add("--overlong", choices=["truncate", "drop"], default="truncate",
+        help="what to do with a prompt or conversation that is longer than a row")
+    add("--skip-bad-rows", action=argparse.BooleanOptionalAction, default=False,
+        help="count bad rows of the data set and go on")
+    add("--val-fraction", metavar="SHARE", type=float, default=0.0,
+        help="share of the documents that is held out of training, for validation")
+    add("--document-mask", action=argparse.BooleanOptionalAction, default=True,
+        help="documents in one row do not attend to each other")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="download.py", allow_abbrev=False, description="Prepare what train_llm.py reads."
-    )
+        prog="download.py", allow_abbrev=False, description="Prepare what train_llm.py reads.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("model: fetched, unless it is a folder").add_argument
     add("--model-name", metavar="MODEL",
         help="folder or hub name of the model: its weights, config and tokenizer")
-    add("--revision", metavar="R", help="branch, tag or commit of a hub model (default: main)")
+    add("--revision", metavar="R", help="branch, tag or commit of a hub model; None: main")
     add("--skip-model", action="store_true", help="no weights: its config and tokenizer only")
     add("--shard", metavar="I/N", type=read_shard, default=(1, 1),
-        help="every N-th file of weights from the I-th on, so that N nodes fetch one copy together"
-        " (default: 1/1, all)")
+        help="every N-th file of weights from the I-th on, so that N nodes fetch one copy together")
     add("--verify", action="store_true",
         help="compare the checksums of files that are here, not only their sizes, and fetch anew"
         " what is damaged")
     add("--to", metavar="DIR", type=Path,
-        help="folder to put the model in, as plain files (default: the cache in $HF_HOME, where"
-        " transformers looks), or the demo (default: demo)")
-    add = parser.add_argument_group("rows: the values train_llm.py will be given").add_argument
-    add("--dataset-name", metavar="DATA",
-        help=f"a file ({', '.join(READERS)}, each also .gz), a folder of them, or a hub name")
-    add("--dataset-subset", metavar="NAME", help="subset of a hub dataset (default: its only one)")
-    add("--dataset-split", metavar="NAME", default="train",
-        help="split of a hub dataset (default: train)")
+        help="folder to put the model in, as plain files; None: the cache in $HF_HOME, where"
+        " transformers looks; or the demo; None: demo")
+    rows = parser.add_argument_group("rows: the values train_llm.py will be given")
+    add = rows.add_argument
+    add("--dataset-name", metavar="DATA", nargs="+", help=f"files ({', '.join(READERS)}, each also"
+        " .gz), folders of them, or hub names; weights (DATA=0.7) matter to train_llm.py only")
     add("--seq-length", metavar="T", type=int, help="tokens in a row")
-    add("--no-document-mask", dest="document_mask", action="store_false",
-        help="let the documents of a row see each other (default: they do not)")
-    add("--rows-dir", metavar="DIR", type=Path,
-        help="folder of all prepared rows (default: $HF_HOME/rows)")
+    add("--rows-dir", metavar="DIR", type=Path, help="folder of all rows; None: $HF_HOME/rows")
+    add_row_options(rows)
     add = parser.add_argument_group("demo: something to train on, without a network").add_argument
     add("--demo", action="store_true", help="make a small model and a corpus of Python sources")
     args = parser.parse_args(argv)
@@ -104,13 +128,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --model-name, or --demo")
     if bool(args.dataset_name) != bool(args.seq_length):
         parser.error("give --dataset-name and --seq-length to make rows, or neither of them")
-    rows = {"dataset_subset", "dataset_split", "document_mask", "rows_dir"} & given
-    if rows and not args.dataset_name:
-        parser.error(f"--{min(rows).replace('_', '-')} is for rows: give --dataset-name and"
+    for_rows = given.intersection(action.dest for action in rows._group_actions)
+    if for_rows and not args.dataset_name:
+        parser.error(f"--{min(for_rows).replace('_', '-')} is for rows: give --dataset-name and"
                      " --seq-length")
-    if args.dataset_name and args.seq_length < 2:
-        parser.error(f"--seq-length {args.seq_length}: a row needs 2 tokens or more, because its"
-                     " first is never predicted")
     if args.skip_model and "shard" in given:
         parser.error("--shard shares out the weights, and --skip-model fetches none")
     if is_local(args.model_name):
@@ -136,57 +157,131 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parse_args(argv))
     demo = args.pop("demo")
     model = {name: args.pop(name) for name in ("revision", "to", "skip_model", "shard", "verify")}
+    names = args.pop("dataset_name")
     try:
         if demo:
             prepare_demo(model["to"] or Path("demo"))
             return 0
         elsewhere = bool(model["revision"] or model["to"])  # than where its name leads
-        if elsewhere or model["verify"] or not (model["skip_model"] and args["dataset_name"]):
+        if elsewhere or model["verify"] or not (model["skip_model"] and names):
             found = prepare_model(model_name=args["model_name"], **model)
             args["model_name"] = str(found) if elsewhere else args["model_name"]
-        if not args["dataset_name"]:
-            return 0
-        folder = prepare_rows(**args)
+        for name, _ in read_mixture(names or []):
+            for held_out in [False, True] if args["val_fraction"] else [False]:
+                print(report(prepare_rows(dataset_name=name, held_out=held_out, **args)))
     except (InputError, OSError) as error:
         print(f"download.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("download.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    meta = json.loads((folder / "meta.json").read_text())
-    print(f"{meta['documents']:,} documents, {meta['tokens']:,} tokens:"
-          f" {meta['rows']:,} rows of {meta['seq_length']:,}"
-          f" with {meta['trained_tokens']:,} trained tokens,"
-          f" {meta['dropped_tokens']:,} dropped with the last partial row; in {folder}")
     return 0
 
 
-def prepare_rows(*, model_name: str, dataset_name: str, dataset_subset: str | None = None,
-                 dataset_split: str = "train", seq_length: int, document_mask: bool = True,
-                 rows_dir: Path | str | None = None) -> Path:
-    """Make the rows of these inputs, unless they are there, and return their folder.
+def read_mixture(words: list[str]) -> list[tuple[str, Fraction | None]]:
+    """Names and shares of "NAME=WEIGHT ..."; or of "NAME ...", without shares.
+
+    Raises InputError if only some have weights, or weights have no small common denominator."""
+    found = []
+    for word in words:
+        name, _, weight = word.rpartition("=")
+        given = name and re.fullmatch(r"\d*\.?\d+", weight) and not Path(word).exists()
+        found.append((name, Fraction(weight)) if given else (word, None))
+    names, weights = [name for name, _ in found], [weight for _, weight in found]
+    total = sum(weight or 0 for weight in weights)
+    if len(set(names)) < len(names):
+        raise InputError(f"--dataset-name {' '.join(words)}: one is named twice; name it once")
+    if total and not all(weights):
+        raise InputError(f"--dataset-name {' '.join(words)}: give each a weight above 0, or none")
+    if total and math.lcm(*((weight / total).denominator for weight in weights)) > 1_000_000:
+        raise InputError(f"--dataset-name {' '.join(words)}: the mixture would repeat after more"
+                         " than a million rows only; give weights of fewer digits")
+    return [(name, weight and weight / total) for name, weight in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowInputs:
+    """All that shapes rows: the options of the same names, for one data set."""
+
+    model_name: str
+    dataset_name: str
+    dataset_subset: str | None = None
+    dataset_split: str = "train"
+    seq_length: int
+    document_mask: bool = True
+    data_format: str | None = None
+    chat_template: Path | str | None = None
+    train_on: str = "assistant"
+    overlong: str = "truncate"
+    skip_bad_rows: bool = False
+    val_fraction: float = 0.0
+    held_out: bool = False  # the documents of val_fraction, or the others
+    rows_dir: Path | str | None = None
+
+
+def prepare_rows(**inputs) -> Path:
+    """Make the rows of RowInputs(**inputs), unless they are there, and return their folder.
 
     Any number of processes may call this at once: one makes the rows, the others wait for it.
     Raises InputError."""
-    inputs = dict(model_name=model_name, dataset_name=dataset_name, dataset_subset=dataset_subset,
-                  dataset_split=dataset_split, seq_length=seq_length, document_mask=document_mask,
-                  rows_dir=rows_dir)
-    folder = rows_folder(**inputs)
+    asked, folder = RowInputs(**inputs), rows_folder(**inputs)
 
     def fill(temporary: Path) -> None:
-        texts = read_documents(dataset_name, dataset_subset, dataset_split)
-        batches = encode_documents(texts, model_name=model_name)
-        counts = write_rows(batches, temporary, seq_length=seq_length, document_mask=document_mask)
+        started = time.perf_counter()
+        bad = BadRows(asked.skip_bad_rows)
+        data = read_data(asked.dataset_name, asked.dataset_subset, asked.dataset_split, bad)
+        kind, documents = find_documents(data, asked, bad)
+        model = find_model(asked.model_name)
+        encoder = build_encoder(model, kind, asked)
+        batches = encode_documents(documents, encoder, model, bad)
+        counts = write_rows(batches, temporary, packed=kind != "text",
+                            padding_id=encoder.tokenizer.eos_token_id, asked=asked)
         if rows_folder(**inputs) != folder:
-            raise InputError(f"{dataset_name} or the tokenizer of {model_name} changed while it"
-                             " was read; start again when it stays as it is")
-        made_from = {name: value for name, value in inputs.items() if name != "rows_dir"}
-        meta = dict(format=FORMAT, **(made_from | counts), created=datetime.now(UTC).isoformat(),
+            raise InputError(f"{asked.dataset_name} or the tokenizer of {asked.model_name} changed"
+                             " while it was read; start again when it stays as it is")
+        made_from = {name: str(value) if isinstance(value, Path) else value
+                     for name, value in vars(asked).items() if name != "rows_dir"}
+        meta = dict(format=FORMAT, kind=kind, **(made_from | counts), bad_rows=bad.count,
+                    today=encoder.today, seconds=round(time.perf_counter() - started, 1),
+                    created=datetime.now(UTC).isoformat(),
                     sha256={path.name: file_sha256(path) for path in sorted(temporary.iterdir())})
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
     make_folder(folder, "meta.json", fill)
     return folder
+
+
+def prepare_apart(**inputs) -> None:
+    """prepare_rows in a process of its own, with the command that makes the same rows ahead of
+    time; so what it allocates is given back. Raises InputError after what that process said."""
+    words = [sys.executable, str(Path(__file__).resolve()), "--skip-model"]
+    for name, value in inputs.items():
+        option = f"--{name.replace('_', '-')}"
+        if name != "held_out" and value is not None:  # the command makes both parts
+            flag = option if value else option.replace("--", "--no-", 1)
+            words += [flag] if isinstance(value, bool) else [option, str(value)]
+    if not rows_folder(**inputs).exists() and subprocess.run(words, stdout=sys.stderr).returncode:
+        raise InputError("the rows could not be prepared: see download.py's message above")
+
+
+def report(folder: Path) -> str:
+    """What the rows in a folder are, for whoever waits for them."""
+    meta = json.loads((folder / "meta.json").read_text())
+    kind, needed = KINDS[meta["kind"]][:2]
+    part = ""
+    if meta["val_fraction"]:
+        part = f", {'' if meta['held_out'] else 'without '}the {meta['val_fraction']:g} held out"
+    today = f"; the template is told that today is {meta['today']}" if meta["today"] else ""
+    return (f"{meta['dataset_name']}: {kind} ({', '.join(needed)}){part}{today}\n"
+            f"  {meta['documents']:,} documents, {meta['tokens']:,} tokens:"
+            f" {meta['rows']:,} rows of {meta['seq_length']:,}"
+            f" with {meta['trained_tokens']:,} trained tokens,"
+            f" {meta['padding_tokens'] / meta['rows'] / meta['seq_length']:.2%} padding\n"
+            f"  {meta['truncated_documents']:,} documents truncated,"
+            f" {meta['dropped_documents']:,} dropped, {meta['bad_rows']:,} bad rows skipped;"
+            f" {meta['dropped_tokens']:,} tokens lost by it"
+            f"{' and with the last partial row' if kind == 'text' else ''}\n"
+            f"  made in {meta['seconds']:,} s, in {folder}")
 
 
 # --- 2. The key: rows are found by what they are made of --------------------------------------
@@ -198,37 +293,47 @@ VOCABULARY_FILES = ["tokenizer.json", "*.model", "*.tiktoken", "vocab.*"]  # one
 TOKENIZER_FILES = [*VOCABULARY_FILES, "*token*.json", "merges.txt", "chat_template.*"]
 
 
-def rows_folder(*, model_name: str, dataset_name: str, dataset_subset: str | None = None,
-                dataset_split: str = "train", seq_length: int, document_mask: bool = True,
-                rows_dir: Path | str | None = None) -> Path:
-    """The folder in which the rows of exactly these inputs lie, or will lie; takes milliseconds.
+def rows_folder(**inputs) -> Path:
+    """The folder in which the rows of RowInputs(**inputs) lie, or will lie; takes milliseconds.
 
-    Raises InputError if the tokenizer or the data cannot be found."""
-    if seq_length < 2:
-        raise InputError(f"a row of {seq_length} tokens predicts nothing; give 2 or more")
+    Raises InputError if the tokenizer or the data cannot be found, or a value is impossible."""
+    asked = RowInputs(**inputs)
+    if asked.seq_length < 2:
+        raise InputError(f"--seq-length {asked.seq_length}: a row needs 2 tokens or more, because"
+                         " its first is never predicted")
+    if not 0 <= asked.val_fraction < 1:
+        raise InputError(f"--val-fraction {asked.val_fraction}: must be a share, from 0 to below 1")
+    rows_dir = asked.rows_dir
     if rows_dir is None:
         from huggingface_hub.constants import HF_HOME
 
         rows_dir = Path(HF_HOME, "rows")
-    model = find_model(model_name)
-    files = {path.name: file_sha256(path) for path in glob_all(model, TOKENIZER_FILES)}
-    key = dict(format=FORMAT, seq_length=seq_length, document_mask=document_mask,
-               tokenizer=files, model_type=model_config(model).get("model_type"))
-    if is_local(dataset_name):
-        if dataset_subset or dataset_split != "train":
-            raise InputError(f"{dataset_name} is a local dataset, and a subset or split other than"
+    model = find_model(asked.model_name)
+    key = {name: value for name, value in vars(asked).items()
+           if name not in ("model_name", "dataset_name", "chat_template", "rows_dir")}
+    key |= dict(format=FORMAT, model_type=model_config(model).get("model_type"),
+                tokenizer={path.name: file_sha256(path)
+                           for path in glob_all(model, TOKENIZER_FILES)})
+    if asked.chat_template:
+        if not Path(asked.chat_template).is_file():
+            raise InputError(f"--chat-template {asked.chat_template} is no file; give one")
+        key["chat_template"] = file_sha256(Path(asked.chat_template))
+    name = asked.dataset_name
+    if is_local(name):
+        if asked.dataset_subset or asked.dataset_split != "train":
+            raise InputError(f"{name} is a local dataset, and a subset or split other than"
                              " train is part of a hub dataset; name the very file or folder")
-        root, paths = find_files(dataset_name)
+        root, paths = find_files(name)
         stats = [(path, path.stat()) for path in paths]
         key["data"] = [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)
                        for path, stat in stats]
-        stem = Path(dataset_name).expanduser().resolve().name.split(".")[0]
+        stem = Path(name).expanduser().resolve().name.split(".")[0]
     else:
-        key["data"] = (dataset_name, dataset_subset, dataset_split)
-        stem = dataset_name.replace("/", "--")
+        key["data"] = name
+        stem = name.replace("/", "--")
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:80] or "rows"
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(rows_dir).expanduser() / f"{stem}-{seq_length}-{digest}"
+    return Path(rows_dir).expanduser() / f"{stem}-{asked.seq_length}-{digest}"
 
 
 def file_sha256(path: Path) -> str:
@@ -373,25 +478,43 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# --- 4. Documents: from files or the hub ------------------------------------------------------
-# A document is a string, read one at a time, so data may be larger than memory. Local files are
-# read here rather than by `datasets`, which gives no line numbers, takes '{"text": "2024-01-01"}'
-# for a date, lines of two objects for two rows, and a number among strings for a mixed column
-# (datasets 5.2). Cost: a .json array and a text file, which is one document, must fit in memory.
+# --- 4. Rows of data: from files or the hub ---------------------------------------------------
+# A row of data is an object with fields, read one at a time, so data may be larger than memory.
+# Local files are read here rather than by `datasets`, which gives no line numbers, takes
+# '{"text": "2024-01-01"}' for a date, lines of two objects for two rows, and a number among strings
+# for a mixed column (datasets 5.2). Cost: a .json array and a text file, which is one document,
+# must fit in memory.
+
+Row = tuple[str, object]  # where it stands, for messages; and what is there
 
 
-def read_documents(name: str, subset: str | None, split: str) -> Iterator[str]:
-    """The documents of a dataset in the order of its files and lines, with a progress bar.
+class BadRows:
+    """Raises the error of a bad row, or with `skip` counts it and tells the first few."""
 
-    Raises InputError, with file and line, at the first document that is not one."""
+    def __init__(self, skip: bool):
+        self.skip, self.count = skip, 0
+
+    def __call__(self, error: InputError) -> None:
+        if not self.skip:
+            raise error
+        self.count += 1
+        if self.count <= 10:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+
+def read_data(name: str, subset: str | None, split: str, bad: BadRows) -> Iterator[Row]:
+    """The rows of a dataset in the order of its files and lines, with a progress bar.
+
+    Raises InputError for a file that cannot be read, and has `bad` judge a row that cannot."""
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log gets one line each
     if not is_local(name):
         dataset = load_hub_dataset(name, subset, split)
+        dataset = dataset.select_columns([n for n in dataset.column_names if n in FIELDS])
         with tqdm(total=len(dataset), unit=" documents", mininterval=interval) as bar:
-            for batch in dataset.select_columns([FIELD]).iter(batch_size=1000):
-                for text in batch[FIELD]:
+            for batch in dataset.iter(batch_size=1000):
+                for values in zip(*batch.values(), strict=True):
                     bar.update()
-                    yield document_of({FIELD: text}, f"{name}, {split} row {bar.n}")
+                    yield f"{name}, {split} row {bar.n}", dict(zip(batch, values, strict=True))
         return
     paths = find_files(name)[1]
     total = sum(path.stat().st_size for path in paths)
@@ -401,15 +524,15 @@ def read_documents(name: str, subset: str | None, split: str) -> Iterator[str]:
             with (open(path, "rb") as file,
                   gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as stream):
                 try:
-                    for text in reader_of(path)(path, stream):
+                    for row in reader_of(path)(path, stream, bad):
                         bar.update(done + file.tell() - bar.n)
-                        yield text
+                        yield row
                 except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                     raise InputError(f"{path} is not whole ({error}); copy it again") from error
 
 
 def load_hub_dataset(name: str, subset: str | None, split: str):
-    """A `datasets.Dataset` with the column FIELD, memory-mapped from the hub's cache."""
+    """A `datasets.Dataset` with a column that we read, memory-mapped from the hub's cache."""
     import datasets
 
     try:
@@ -417,8 +540,8 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
     except Exception as error:  # as many classes as ways to fail, and its messages say which
         raise InputError(f"dataset {name} is neither a file or folder here nor to be had from the"
                          f" hub ({error}); check name, subset, split and network") from error
-    if FIELD not in dataset.column_names:
-        raise InputError(missing_field(name, dataset.column_names))
+    if not FIELDS.intersection(dataset.column_names):
+        raise InputError(missing_fields(name, dataset.column_names, None))
     return dataset
 
 
@@ -444,40 +567,47 @@ def find_files(name: str) -> tuple[Path, list[Path]]:
     return root, paths
 
 
-def read_json_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
+def read_json_lines(path: Path, stream: BinaryIO, bad: BadRows) -> Iterator[Row]:
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
-            # stripped, or JSON that breaks off at the end of a line is reported one line below
-            yield document_of(parse_json(line.strip(), path, number), f"{path}, line {number}")
+            try:  # stripped, or JSON that breaks off at a line's end is reported one line below
+                row = parse_json(line.strip(), path, number)
+            except InputError as error:
+                bad(error)
+                continue
+            yield f"{path}, line {number}", row
 
 
-def read_json(path: Path, stream: BinaryIO) -> Iterator[str]:
+def read_json(path: Path, stream: BinaryIO, bad: BadRows) -> Iterator[Row]:
     """One array of objects, or else the same as JSON lines."""
     if not stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        yield from read_json_lines(path, stream)
+        yield from read_json_lines(path, stream, bad)
         return
     rows = parse_json(stream.read().removeprefix(codecs.BOM_UTF8), path, 1)
-    for number, row in enumerate(rows, 1):
-        yield document_of(row, f"{path}, row {number}")
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def read_text(path: Path, stream: BinaryIO) -> Iterator[str]:
-    yield decode(stream.read().removeprefix(codecs.BOM_UTF8), path, 1)
+def read_text(path: Path, stream: BinaryIO, bad: BadRows) -> Iterator[Row]:
+    try:
+        text = decode(stream.read().removeprefix(codecs.BOM_UTF8), path, 1)
+    except InputError as error:
+        return bad(error)
+    yield str(path), {"text": text}
 
 
-def read_parquet(path: Path, stream: BinaryIO) -> Iterator[str]:
+def read_parquet(path: Path, stream: BinaryIO, bad: BadRows) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(stream)
-        if FIELD not in table.schema_arrow.names:
-            raise InputError(missing_field(path, table.schema_arrow.names))
-        batches = table.iter_batches(batch_size=1000, columns=[FIELD])
-        texts = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        for number, text in enumerate(texts, 1):
-            yield document_of({FIELD: text}, f"{path}, row {number}")
+        columns = [name for name in table.schema_arrow.names if name in FIELDS]
+        if not columns:
+            raise InputError(missing_fields(path, table.schema_arrow.names, None))
+        batches = table.iter_batches(batch_size=1000, columns=columns)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not Parquet or not whole ({error}); copy it again") from error
 
@@ -486,7 +616,7 @@ READERS = {".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parqu
            ".txt": read_text, ".text": read_text}
 
 
-def reader_of(path: Path) -> Callable[[Path, BinaryIO], Iterator[str]] | None:
+def reader_of(path: Path) -> Callable[[Path, BinaryIO, BadRows], Iterator[Row]] | None:
     return READERS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
@@ -506,67 +636,397 @@ def parse_json(data: bytes, path: Path, line: int) -> object:
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise InputError(f"{path}, line {line}: broken JSON ({error.msg}, column {error.colno});"
-                         f' needed: one object a line, {{"{FIELD}": "..."}}') from error
+                         ' needed: one object a line, such as {"text": "..."}') from error
     except RecursionError as error:
         raise InputError(f"{path}, line {line}: JSON nested too deep to read; remove it") from error
 
 
-def document_of(row: object, where: str) -> str:
-    """The text of one row of data; `where` names the row in an error."""
-    if not isinstance(row, dict):
-        raise InputError(f'{where}: found {json.dumps(row)[:40]}, needed an object with a field'
-                         f' "{FIELD}"; correct or remove it')
-    if FIELD not in row:
-        raise InputError(missing_field(where, list(row)))
-    text = row[FIELD]
-    if not isinstance(text, str):
-        raise InputError(f'{where}: field "{FIELD}" is {json.dumps(text, default=repr)[:40]},'
-                         " needed a string; correct or remove it")
+# --- 5. Documents: what a row of data says ----------------------------------------------------
+# People bring texts, prompts with their completions, and conversations, under half a dozen names of
+# fields. The first row decides which for the whole data set, it is told, and two that would both
+# do are a question, not a guess. A document is then a str (text), a pair (prompt, completion) or
+# a dict (a conversation: messages and perhaps tools, as chat templates take them).
+
+KINDS = {  # kind: (its --data-format, the fields it needs, those it may have)
+    "text": ("text", ["text"], []),
+    "prompt": ("prompt", ["prompt", "completion"], []),
+    "alpaca": ("prompt", ["instruction", "output"], ["input", "system"]),
+    "messages": ("chat", ["messages"], ["tools"]),
+    "sharegpt": ("chat", ["conversations"], ["system", "tools"]),
+}
+FIELDS = {field for _, needed, others in KINDS.values() for field in needed + others}
+ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool",
+         **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")}}
+LONGEST_WORD = 250_000  # characters; a tokenizer takes seconds for such a one, and much memory
+
+
+def find_documents(rows: Iterator[Row], asked: RowInputs, bad: BadRows
+                   ) -> tuple[str, Iterator[tuple[str, str, str | tuple | dict]]]:
+    """The kind of the data set, found in its first good row; and (where, JSON, document) of those
+    rows that were asked for. Raises InputError if there are none."""
+    found: dict[str, str] = {}
+    documents = read_documents(rows, asked.data_format, bad, found)
+    if asked.val_fraction:
+        documents = (document for document in documents
+                     if is_held_out(document[1], asked.val_fraction) == asked.held_out)
+    first = next(documents, None)
+    if first is None:
+        raise InputError(f"{asked.dataset_name} has no document" + (
+            f" {'that is' if asked.held_out else 'that is not'} held out by --val-fraction"
+            f" {asked.val_fraction}, which takes whole documents; change it, or give"
+            " --val-dataset-name" if found else "; put some into it"))
+    kind = found["kind"]
+    useless = {"--train-on all": asked.train_on != "assistant" and kind == "text",
+               "--overlong drop": asked.overlong != "truncate" and kind == "text",
+               "--chat-template": asked.chat_template and kind in ("text", "prompt")}
+    for option in (option for option, given in useless.items() if given):
+        raise InputError(f"{option} has no effect on {asked.dataset_name}, whose rows are"
+                         f" {' and '.join(KINDS[kind][1])}; leave it out")
+    return kind, chain([first], documents)
+
+
+def is_held_out(dumped: str, fraction: float) -> bool:
+    """By its content alone: equal documents fall on one side, wherever and however often."""
+    digest = hashlib.sha256(dumped.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def read_documents(rows: Iterator[Row], data_format: str | None, bad: BadRows, found: dict
+                   ) -> Iterator[tuple[str, str, str | tuple | dict]]:
+    """(where, JSON, document) of each good row; the first sets found["kind"]."""
+    for where, row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: found {json.dumps(row)[:40]}, needed an object with"
+                                 f" {needed_fields(data_format)}; correct or remove it")
+            kind = found.get("kind") or find_kind(row, data_format, where)
+            if not set(KINDS[kind][1]) <= set(row):
+                raise InputError(missing_fields(where, row, KINDS[kind][0]))
+            document = DOCUMENTS[kind](row, where)
+            dumped = json.dumps(document, ensure_ascii=False)
+            check_characters(dumped, where)
+        except InputError as error:
+            bad(error)
+            continue
+        found["kind"] = kind
+        yield where, dumped, document
+
+
+def find_kind(row: dict, data_format: str | None, where: str) -> str:
+    kinds = [kind for kind, (format_, needed, _) in KINDS.items()
+             if set(needed) <= set(row) and data_format in (None, format_)]
+    if not kinds:
+        raise InputError(missing_fields(where, row, data_format))
+    if len(kinds) > 1:
+        fits = " and as ".join(f"{KINDS[kind][0]} ({', '.join(KINDS[kind][1])})" for kind in kinds)
+        raise InputError(f"{where}: can be read as {fits}; say which with --data-format, or remove"
+                         " the fields that are not meant")
+    return kinds[0]
+
+
+def needed_fields(data_format: str | None) -> str:
+    return " or ".join(" and ".join(f'"{field}"' for field in needed)
+                       for format_, needed, _ in KINDS.values() if data_format in (None, format_))
+
+
+def missing_fields(where: object, found: Iterable[str], data_format: str | None) -> str:
+    return (f"{where}: no column or field {needed_fields(data_format)} (found:"
+            f" {', '.join(found) or 'none'}); rename those that hold the documents")
+
+
+def check_characters(dumped: str, where: str) -> None:
+    """Refuse what no tokenizer takes, and what is no language, in a document written as JSON."""
     try:
-        text.encode("utf-8")
+        dumped.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can write half of a pair, UTF-8 cannot
-        raise InputError(f"{where}: character {error.start} is half of a surrogate pair, which is"
-                         " no text; correct or remove it") from error
-    return text
+        raise InputError(f"{where}: {ascii(dumped[error.start])} is half of a surrogate pair, which"
+                         " is no text; correct or remove it") from error
+    if len(dumped) > LONGEST_WORD:
+        longest = max(map(len, re.split(r'[\s\\"]+', dumped)))
+        if longest > LONGEST_WORD:
+            raise InputError(f"{where}: a single word of {longest:,} characters, at most"
+                             f" {LONGEST_WORD:,} are taken for language; remove it")
 
 
-def missing_field(where: object, found: list[str]) -> str:
-    return (f'{where}: no column or field "{FIELD}" (found: {", ".join(found) or "none"}); rename'
-            f' the one that holds the documents to "{FIELD}"')
+def string_of(row: dict, field: str, where: str) -> str:
+    if not isinstance(row[field], str):
+        raise InputError(f'{where}: field "{field}" is {json.dumps(row[field], default=repr)[:40]},'
+                         " needed a string; correct or remove it")
+    return row[field]
 
 
-# --- 5. Tokens --------------------------------------------------------------------------------
-# The tokenizer adds its own start token; the end token that tells documents apart is ours to add.
-# A document that spells out a special token is text like any other, never that token. The
+def prompt_document(row: dict, where: str) -> tuple[str, str]:
+    return string_of(row, "prompt", where), string_of(row, "completion", where)
+
+
+def alpaca_document(row: dict, where: str) -> dict:
+    """Instruction and input are one user's turn, a line apart; output is the answer."""
+    parts = [string_of(row, name, where) for name in ("instruction", "input") if row.get(name)]
+    messages = [{"role": "user", "content": "\n".join(parts)},
+                {"role": "assistant", "content": string_of(row, "output", where)}]
+    return {"messages": check_turns(with_system(messages, row), where)}
+
+
+def messages_document(row: dict, where: str) -> dict:
+    messages = [message_of(message, f"{where}, message {number}", "role", "content")
+                for number, message in enumerate(list_of(row["messages"], where), 1)]
+    return {"messages": check_turns(messages, where)} | tools_of(row, where)
+
+
+def sharegpt_document(row: dict, where: str) -> dict:
+    messages = [message_of(message, f"{where}, message {number}", "from", "value")
+                for number, message in enumerate(list_of(row["conversations"], where), 1)]
+    return {"messages": check_turns(with_system(messages, row), where)} | tools_of(row, where)
+
+
+DOCUMENTS = {"text": lambda row, where: string_of(row, "text", where), "prompt": prompt_document,
+             "alpaca": alpaca_document, "messages": messages_document,
+             "sharegpt": sharegpt_document}
+
+
+def with_system(messages: list[dict], row: dict) -> list[dict]:
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return system + messages
+
+
+def list_of(value: object, where: str) -> list:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: an empty conversation, or none ({json.dumps(value)[:40]});"
+                         " remove it")
+    return value
+
+
+def message_of(message: object, where: str, role: str, content: str) -> dict:
+    """One message as chat templates take it; a field that is null is one that is not there."""
+    if not isinstance(message, dict) or message.get(role) not in ROLES:
+        raise InputError(f"{where}: found {json.dumps(message)[:60]}, needed an object with"
+                         f' "{role}" (one of {", ".join(ROLES)}) and "{content}"; correct it')
+    found = {name: value for name, value in message.items() if value is not None}
+    name, text = found.pop(role), found.pop(content, None)
+    if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
+                                      for part in text):
+        text = "".join(part["text"] for part in text)  # parts of text; one of an image is refused
+    if name == "function_call" and isinstance(text, str):
+        found["tool_calls"], text = [{"type": "function", "function": parsed(text, where)}], None
+    if "tool_calls" in found:
+        found["tool_calls"] = [tool_call_of(call, where) for call in
+                               list_of(found["tool_calls"], where)]
+    elif not isinstance(text, str):
+        raise InputError(f'{where}: "{content}" is {json.dumps(text, default=repr)[:40]}, needed a'
+                         " string; correct it")
+    if ROLES[name] == "assistant" and not (text or "").strip() and "tool_calls" not in found:
+        raise InputError(f"{where}: the assistant says nothing; remove it")
+    return {"role": ROLES[name]} | ({} if text is None else {"content": text}) | found
+
+
+def tool_call_of(call: object, where: str) -> dict:
+    """A tool call whose arguments are an object: templates write these as JSON themselves."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InputError(f"{where}: a tool call {json.dumps(call)[:60]}, needed"
+                         ' {"function": {"name": "...", "arguments": {...}}}; correct it')
+    return call | {"function": function | {"arguments": parsed(function.get("arguments"), where)}}
+
+
+def tools_of(row: dict, where: str) -> dict:
+    tools = parsed(row["tools"], where) if row.get("tools") else None
+    return {"tools": tools} if tools else {}
+
+
+def parsed(value: object, where: str) -> object:
+    """A value, or what it says if it is a string of JSON, as columns of one type must be."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise InputError(f"{where}: {value[:40]!r} of a tool is not JSON ({error}); correct it"
+                         ) from error
+
+
+def check_turns(messages: list[dict], where: str) -> list[dict]:
+    roles = [message["role"] for message in messages]
+    for number, (one, other) in enumerate(pairwise(roles), 2):
+        if one == other and one in ("user", "assistant"):
+            raise InputError(f"{where}, message {number}: two {one} turns in a row; join them or"
+                             " remove the row")
+    if "assistant" not in roles:
+        raise InputError(f"{where}: no turn of the assistant (found: {', '.join(roles)}), so there"
+                         " is nothing to learn; remove it")
+    return messages
+
+
+# --- 6. Tokens, and which of them are trained ---------------------------------------------------
+# A text is learnt whole; of a prompt, the completion; of a conversation, what the assistant said,
+# and the mark that ends its turn. The chat template writes a conversation as one string, and few
+# templates mark the assistant's parts ({% generation %}). For the others a turn begins where the
+# template, given the messages before it, would have the assistant begin, and it ends with the
+# first end-of-turn token. Where that is not exact the row is bad: a mask is never guessed. The
 # tokenizer's own threads use all cores; worker processes of `datasets` would live on, holding
-# their memory, after a kill of their parent (datasets 5.2). Cost: one core reads and copies.
+# their memory, after a kill of their parent (datasets 5.2). Cost: one core reads and renders.
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY = date(2024, 7, 26)  # for templates that ask: rows must not depend on the day they are made
 
 
-def encode_documents(texts: Iterator[str], *, model_name: str
-                     ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Token ids of a batch of documents after one another, uint32, and the length of each.
+@dataclass(frozen=True)
+class Encoder:
+    """The tokenizer and the chat template of a model; `train_on` is "assistant" or "all"."""
 
-    Raises InputError if a token has no row in the model's embedding."""
-    folder = find_model(model_name)
-    tokenizer = load_tokenizer(folder)
-    config = model_config(folder)
-    vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    for batch in batch_documents(texts):
+    tokenizer: object
+    template: str | None
+    train_on: str
+    today: str | None = None  # what a template that asks for the date is told
+
+    def encode(self, batch: list[tuple[str, object]], bad: BadRows
+               ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Token ids of each good (where, document), and for each whether it is trained: bool."""
+        documents = [document for _, document in batch]
+        end = self.tokenizer.eos_token_id
+        if isinstance(documents[0], dict):
+            yield from self.encode_chats(batch, bad)
+        elif isinstance(documents[0], str):
+            for ids in self.encode_texts(documents):
+                ids += [end] if ids[-1:] != [end] else []  # some tokenizers add it themselves
+                yield ids, np.ones(len(ids), dtype=bool)
+        else:
+            prompts = self.encode_texts([prompt for prompt, _ in documents])
+            completions = self.encode_texts([rest for _, rest in documents], alone=False)
+            for prompt, completion in zip(prompts, completions, strict=True):
+                prompt = prompt[:-1] if prompt[-1:] == [end] else prompt
+                ids = [*prompt, *completion, end]
+                yield ids, np.arange(len(ids)) >= (0 if self.train_on == "all" else len(prompt))
+
+    def encode_texts(self, texts: list[str], *, alone: bool = True) -> list[list[int]]:
+        """Token ids; a special token that a text spells out is text like any other."""
         # verbose=False: no warning that a document is longer than the model's context; it is cut
-        documents = tokenizer(batch, split_special_tokens=True, return_attention_mask=False,
-                              verbose=False)["input_ids"]
-        for ids in documents:
-            if ids[-1:] != [tokenizer.eos_token_id]:  # some tokenizers add it themselves
-                ids.append(tokenizer.eos_token_id)
-        lengths = [len(ids) for ids in documents]
-        ids = np.fromiter(chain.from_iterable(documents), dtype="<u4", count=sum(lengths))
-        largest = int(ids.max())
-        if vocab_size and largest >= vocab_size:
-            raise InputError(f"the tokenizer of {model_name} makes token id {largest}"
-                             f" ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model's"
-                             f" embedding has {vocab_size} rows; give the tokenizer that belongs"
-                             " to the model, or enlarge the embedding")
-        yield ids, lengths
+        return self.tokenizer(texts, split_special_tokens=True, add_special_tokens=alone,
+                              return_attention_mask=False, verbose=False)["input_ids"]
+
+    def encode_chats(self, batch: list[tuple[str, dict]], bad: BadRows
+                     ) -> Iterator[tuple[list[int], np.ndarray]]:
+        written = []
+        for where, chat in batch:
+            try:
+                written.append((where, *self.write_chat(chat, where)))
+            except InputError as error:
+                bad(error)
+        texts = [text for _, text, _ in written]
+        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        for (where, text, spans), encoding in zip(written, encodings, strict=True):
+            try:
+                yield encoding.ids, self.trained_tokens(encoding, text, spans, where)
+            except InputError as error:
+                bad(error)
+
+    def write_chat(self, chat: dict, where: str) -> tuple[str, list[tuple[int, int]]]:
+        """A conversation as the template writes it, and the (start, end) of each trained part."""
+        spelled = self.special.search(json.dumps(chat, ensure_ascii=False))
+        if spelled:
+            raise InputError(f"{where}: spells out {spelled[0]}, which would become that special"
+                             " token; remove it")
+        marked = GENERATION.search(self.template) is not None
+        text, spans = self.render(chat, chat["messages"], where,
+                                  return_assistant_tokens_mask=marked)
+        if self.train_on == "all":
+            return text, [(0, len(text))]
+        spans = spans if marked else self.find_turns(chat, text, where)
+        if not spans:
+            raise InputError(f"{where}: the chat template marks nothing of it as the assistant's;"
+                             " correct it or give another --chat-template")
+        return text, spans
+
+    def find_turns(self, chat: dict, text: str, where: str) -> list[tuple[int, int]]:
+        """The (start, end) of the assistant's turns in `text`, for a template that marks none."""
+        spans = []
+        for number, message in enumerate(chat["messages"], 1):
+            if message["role"] == "assistant":
+                before, _ = self.render(chat, chat["messages"][: number - 1], where,
+                                        add_generation_prompt=True)
+                end = text.find(self.end_of_turn, len(before)) + len(self.end_of_turn)
+                said = [message.get("content", "").strip(),
+                        *(call["function"]["name"] for call in message.get("tool_calls", []))]
+                if (not text.startswith(before) or end < len(before)
+                        or any(words not in text[len(before) : end] for words in said)):
+                    raise InputError(
+                        f"{where}, message {number}: the chat template alters this turn, or does"
+                        " not show where it begins and ends; correct the row, or give a"
+                        " --chat-template with {% generation %} marks")
+                spans.append((len(before), end))
+        return spans
+
+    def render(self, chat: dict, messages: list[dict], where: str, **options) -> tuple[str, list]:
+        """What the template writes, and the parts that it marks as the assistant's if asked for."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            written, marked = render_jinja_template(
+                [messages], tools=chat.get("tools"), chat_template=self.template, **options,
+                **self.tokenizer.special_tokens_map)
+        except Exception as error:  # templates raise as they like, jinja and Python as they must
+            raise InputError(f"{where}: the chat template refuses it ({error}); correct it or give"
+                             " another --chat-template") from error
+        return written[0], (marked or [None])[0]
+
+    def trained_tokens(self, encoding, text: str, spans: list, where: str) -> np.ndarray:
+        """Whether each token lies in a span; decoded, these must be the very words of the spans."""
+        trained = np.zeros(len(encoding.ids), dtype=bool)
+        if self.train_on == "all":
+            return ~trained
+        decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+        ends = [end for _, end in encoding.offsets]
+        for span in spans:
+            words = unicodedata.normalize("NFC", text[slice(*span)])  # as some tokenizers do
+            first, last = np.searchsorted(ends, span, side="right")
+            # Decoders may drop the space before a first word, so it is then decoded in its place.
+            if (decode(encoding.ids[first:last]) != words
+                    and decode(encoding.ids[:last]) != decode(encoding.ids[:first]) + words):
+                raise InputError(f"{where}: no whole number of tokens makes what the assistant says"
+                                 f" at {words[:40]!r}; remove white space around it, or give a"
+                                 " --chat-template that ends its prompt in none")
+            trained[first:last] = True
+        return trained
+
+    @cached_property
+    def special(self) -> re.Pattern:
+        """Every special token of the tokenizer, as it is spelled."""
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()
+                  if token.special]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The special token that the template puts after what the assistant says."""
+        where, words = "an example", "1234567890"
+        messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": words}]
+        found = self.special.search(self.render({}, messages, where)[0].partition(words)[2])
+        if not found:
+            raise InputError("the chat template ends a turn of the assistant with no special token,"
+                             " so its end cannot be told; give one with {% generation %} marks")
+        return found[0]
+
+
+def build_encoder(folder: Path, kind: str, asked: RowInputs) -> Encoder:
+    """Raises InputError if there is no tokenizer or, for conversations, no chat template."""
+    tokenizer, template, today = load_tokenizer(folder), None, None
+    if KINDS[kind][0] == "chat" or kind == "alpaca":
+        try:
+            template = (Path(asked.chat_template).read_text("utf-8") if asked.chat_template
+                        else tokenizer.get_chat_template())
+        except ValueError as error:  # also of a file that is not UTF-8
+            raise InputError(f"no chat template for conversations ({error}); give --chat-template"
+                             " FILE") from error
+        if not tokenizer.is_fast:
+            raise InputError(f"the tokenizer in {folder} does not tell where its tokens lie in a"
+                             " text; conversations need one with a tokenizer.json")
+        today = str(TODAY) if "strftime_now(" in template else None
+        template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
+                          lambda match: repr(TODAY.strftime(match[2])), template)
+        if "strftime_now(" in template:
+            raise InputError("the chat template asks for the date in a way that cannot be answered"
+                             " by the same one each time; give another --chat-template")
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.encode_special_tokens = False
+    return Encoder(tokenizer, template, asked.train_on, today)
 
 
 def load_tokenizer(folder: Path):
@@ -583,11 +1043,34 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def batch_documents(texts: Iterator[str]) -> Iterator[list[str]]:
+def encode_documents(documents: Iterator[tuple[str, str, object]], encoder: Encoder, folder: Path,
+                     bad: BadRows) -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
+    """Of a batch of documents after one another: ids (uint32), trained (bool); and each length.
+
+    Raises InputError if a token has no row in the embedding of the model in `folder`."""
+    config = model_config(folder)
+    vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    for batch in batch_documents(documents):
+        encoded = list(encoder.encode(batch, bad))
+        if not encoded:
+            continue
+        lengths = [len(ids) for ids, _ in encoded]
+        ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), "<u4", sum(lengths))
+        largest = int(ids.max())
+        if vocab_size and largest >= vocab_size:
+            raise InputError(f"the tokenizer in {folder} makes token id {largest}"
+                             f" ({encoder.tokenizer.convert_ids_to_tokens(largest)!r}), but the"
+                             f" model's embedding has {vocab_size} rows; give the tokenizer that"
+                             " belongs to the model, or enlarge the embedding")
+        yield ids, np.concatenate([trained for _, trained in encoded]), lengths
+
+
+def batch_documents(documents: Iterator[tuple[str, str, object]]
+                    ) -> Iterator[list[tuple[str, object]]]:
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text) + 100  # an empty document costs memory too
+    for where, dumped, document in documents:
+        batch.append((where, document))
+        characters += len(dumped) + 100  # an empty document costs memory too
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -595,49 +1078,138 @@ def batch_documents(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# --- 6. Rows ----------------------------------------------------------------------------------
-# Documents follow each other and are cut every T tokens, so nothing is padded and nothing dropped
-# but the last partial row. The first token of a document in a row is no target, because nothing
-# that it may see predicts it; a document cut by the end of a row starts anew in the next.
+# --- 7. Rows ----------------------------------------------------------------------------------
+# Texts follow each other and are cut every T tokens: nothing is padded, and nothing dropped but the
+# last partial row. Prompts and conversations stay whole: each goes, the longest first, into the row
+# that it fills best. The first token of a document in a row is no target, because nothing that it
+# may see predicts it; a text cut by the end of a row starts anew in the next. Padding is a segment
+# of its own without targets. Cost: rows are packed in windows, so that memory stays bounded.
 
 
-def write_rows(batches: Iterator[tuple[np.ndarray, list[int]]], folder: Path, *, seq_length: int,
-               document_mask: bool) -> dict[str, int]:
+Encoded = Iterator[tuple[np.ndarray, np.ndarray, list[int]]]  # see encode_documents
+Pieces = Iterator[tuple[np.ndarray, np.ndarray]]  # token ids and marks, equal in shape
+
+
+def write_rows(batches: Encoded, folder: Path, *, packed: bool, padding_id: int, asked: RowInputs
+               ) -> dict[str, int]:
     """Write tokens.bin, marks.bin and targets.bin, and return their counts for meta.json.
 
     Raises InputError if there is not one whole row."""
-    documents = tokens = max_token_id = 0
+    counts = dict(documents=0, tokens=0, truncated_documents=0, dropped_documents=0,
+                  dropped_tokens=0, padding_tokens=0)
+    max_token_id = written = 0
     paths = folder / "tokens.bin", folder / "marks.bin", folder / "targets.bin"
+    pieces = (pack_documents(batches, counts, padding_id, asked) if packed
+              else cut_documents(batches, counts, asked))
     with open(paths[0], "wb") as tokens_bin, open(paths[1], "wb") as marks_bin:
-        for ids, lengths in batches:
-            mark = np.full(len(ids), TARGET, dtype=np.uint8)
-            mark[-tokens % seq_length :: seq_length] = STARTS
-            if document_mask:
-                mark[np.cumsum([0, *lengths[:-1]])] = STARTS
+        for ids, marks in pieces:
             tokens_bin.write(ids.tobytes())
-            marks_bin.write(mark.tobytes())
-            documents += len(lengths)
-            tokens += len(ids)
+            marks_bin.write(marks.tobytes())
+            written += ids.size
             max_token_id = max(max_token_id, int(ids.max()))
-    if tokens < seq_length:
-        raise InputError(f"the dataset has {documents} documents of {tokens} tokens together, fewer"
-                         f" than one row of {seq_length}; add text or lower --seq-length")
-    rows, dropped = divmod(tokens, seq_length)
-    os.truncate(paths[0], rows * seq_length * 4)
-    os.truncate(paths[1], rows * seq_length)
+    rows, rest = divmod(written, asked.seq_length)
+    if not rows:
+        raise InputError(f"the dataset has {counts['documents']} documents of {counts['tokens']}"
+                         f" tokens together, fewer than one row of {asked.seq_length}"
+                         f" ({counts['dropped_documents']} more documents were dropped); add data"
+                         " or change --seq-length")
+    counts["dropped_tokens"] += rest
+    os.truncate(paths[0], rows * asked.seq_length * 4)
+    os.truncate(paths[1], rows * asked.seq_length)
 
     trained = 0
-    marks = np.memmap(paths[1], dtype=np.uint8, mode="r", shape=(rows, seq_length))
+    marks = np.memmap(paths[1], dtype=np.uint8, mode="r", shape=(rows, asked.seq_length))
     with open(paths[2], "wb") as targets_bin:
-        for start in range(0, rows, 1024):
-            targets = np.count_nonzero(marks[start : start + 1024] & TARGET, axis=1)
+        some = max(1, (1 << 18) // asked.seq_length)  # rows at once: bounded memory
+        for start in range(0, rows, some):
+            targets = np.count_nonzero(marks[start : start + some] & TARGET, axis=1)
             targets_bin.write(targets.astype("<u4").tobytes())
             trained += int(targets.sum())
-    return dict(rows=rows, seq_length=seq_length, documents=documents, tokens=tokens,
-                trained_tokens=trained, dropped_tokens=dropped, max_token_id=max_token_id)
+    return dict(rows=rows, trained_tokens=trained, max_token_id=max_token_id) | counts
 
 
-# --- 7. The demo ------------------------------------------------------------------------------
+def cut_documents(batches: Encoded, counts: dict, asked: RowInputs) -> Pieces:
+    """Texts one after another, with the marks that they have when cut into rows."""
+    for ids, _, lengths in batches:
+        marks = np.full(len(ids), TARGET, dtype=np.uint8)
+        marks[-counts["tokens"] % asked.seq_length :: asked.seq_length] = STARTS
+        if asked.document_mask:
+            marks[np.cumsum([0, *lengths[:-1]])] = STARTS
+        counts["documents"] += len(lengths)
+        counts["tokens"] += len(ids)
+        yield ids, marks
+
+
+def pack_documents(batches: Encoded, counts: dict, padding_id: int, asked: RowInputs) -> Pieces:
+    """Whole rows (R, T), a window of documents at a time. What holds no target is dropped."""
+    window, held, most = [], 0, asked.seq_length
+    for ids, trained, lengths in batches:
+        bounds = np.cumsum(lengths)[:-1]
+        for document, learnt in zip(np.split(ids, bounds), np.split(trained, bounds), strict=True):
+            overlong = len(document) > most
+            drop = overlong and asked.overlong == "drop" or not learnt[1:most].any()
+            kept = 0 if drop else min(len(document), most)
+            counts["dropped_tokens"] += len(document) - kept
+            counts["dropped_documents"] += drop
+            if not drop:
+                counts["truncated_documents"] += overlong
+                counts["documents"] += 1
+                counts["tokens"] += kept
+                held += kept
+                window.append((document[:kept], learnt[:kept]))
+        if held >= WINDOW_TOKENS:
+            yield pack_window(window, counts, padding_id, asked)
+            window, held = [], 0
+    if window:
+        yield pack_window(window, counts, padding_id, asked)
+
+
+def pack_window(window: list[tuple[np.ndarray, np.ndarray]], counts: dict, padding_id: int,
+                asked: RowInputs) -> tuple[np.ndarray, np.ndarray]:
+    row_of = best_fit([len(ids) for ids, _ in window], asked.seq_length)
+    shape = (max(row_of) + 1, asked.seq_length)
+    tokens, marks = np.full(shape, padding_id, dtype="<u4"), np.zeros(shape, dtype=np.uint8)
+    used = np.zeros(len(tokens), dtype=np.int64)  # tokens of each row
+    for (ids, learnt), row in zip(window, row_of, strict=True):
+        start, used[row] = used[row], used[row] + len(ids)
+        tokens[row, start : used[row]] = ids
+        marks[row, start : used[row]] = learnt * np.uint8(TARGET)
+        if asked.document_mask:
+            marks[row, start] = STARTS
+    padded = np.flatnonzero(used < asked.seq_length)
+    if asked.document_mask:
+        marks[padded, used[padded]] = STARTS
+    marks[:, 0] = STARTS
+    counts["padding_tokens"] += int(tokens.size - used.sum())
+    return tokens, marks
+
+
+def best_fit(lengths: list[int], room: int) -> list[int]:
+    """The row of each document: the longest first, each into the fullest row that has room for it.
+
+    Best-fit decreasing: never more than 11/9 of the rows needed at best (Johnson, 1974)."""
+    row_of, rows = [0] * len(lengths), 0
+    rows_with: dict[int, list[int]] = {}  # the rows that have so many tokens of room left
+    rooms: list[int] = []  # its keys, sorted
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = bisect.bisect_left(rooms, lengths[document])
+        if fitting < len(rooms):
+            left = rooms[fitting]
+            row = rows_with[left].pop()
+            if not rows_with[left]:
+                del rows_with[left], rooms[fitting]
+        else:
+            left, row, rows = room, rows, rows + 1
+        row_of[document] = row
+        left -= lengths[document]
+        if left:
+            if left not in rows_with:
+                bisect.insort(rooms, left)
+            rows_with.setdefault(left, []).append(row)
+    return row_of
+
+
+# --- 8. The demo ------------------------------------------------------------------------------
 # A fresh machine without a network should see a loss fall within minutes. Python's own library is
 # real text that every machine has; a byte-level tokenizer and a small random Llama are made on the
 # spot. Cost: other versions of Python give another corpus, so losses compare on one machine only.
@@ -667,7 +1239,7 @@ def fill_demo(folder: Path) -> None:
     corpus = [source for source in sources if source not in held_out]
     for name, texts in (("corpus.jsonl", corpus), ("heldout.jsonl", held_out)):
         with open(folder / name, "w") as file:
-            file.writelines(json.dumps({FIELD: text}) + "\n" for text in texts)
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     tokenizer = train_tokenizer(corpus)
     tokenizer.save_pretrained(folder / "model")
     parameters = save_random_llama(folder / "model", tokenizer)
@@ -725,7 +1297,7 @@ def save_random_llama(folder: Path, tokenizer) -> int:
     return model.num_parameters()
 
 
-# --- 8. Weights: every byte checked before its file has its name ------------------------------
+# --- 9. Weights: every byte checked before its file has its name ------------------------------
 # 812 GB come over connections that drop, stall and err. So each file is fetched under another
 # name, on which the next try or start goes on, and gets its own once its checksum is the hub's. It
 # lies where transformers looks: a blob named by that checksum, and a link to it. huggingface_hub

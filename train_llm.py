@@ -28,7 +28,6 @@ import os
 import platform
 import resource
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -55,6 +54,7 @@ import offload
 import weights
 from checkpoints import clean, write_json
 from download import InputError
+from rows import Rows, find_rows, row_inputs
 
 log = logging.getLogger("train_llm")
 HERE = Path(__file__).resolve().parent
@@ -91,6 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-dir", type=Path, default=Path("outputs"), help="folder of all experiments")
     add("--rows-dir", type=Path, help="folder of prepared rows; None: $HF_HOME/rows")
     add("--check", action="store_true", help="check the options, say what would run, and exit")
+    add("--eval-only", action="store_true", help="print the validation loss of the run's newest"
+        " checkpoint or, without one, of the model, and exit")
     add("--allow-changes", action="store_true", help="resume although recipe options differ from"
         " those the run was started with")
 
@@ -98,15 +100,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = recipe.add_argument
     add("--model-name", required=True, help="folder or hub name of a Hugging Face causal LM")
     add("--random-init", action="store_true", help="start from the config alone, not its weights")
-    add("--dataset-name", required=True, help="JSONL, JSON, Parquet or text file, folder of them,"
-        " or hub name")
-    add("--dataset-subset", help="configuration of a hub data set")
-    add("--dataset-split", default="train", help="split of a hub data set")
+    add("--dataset-name", metavar="DATA", nargs="+", required=True, help="JSONL, JSON, Parquet or"
+        " text files, folders of them, or hub names; DATA=0.7 DATA=0.3: mixed in these shares of"
+        " rows; without shares, all as one")
     add("--seq-length", type=int, default=1024, help="tokens in a row")
-    add("--document-mask", action=argparse.BooleanOptionalAction, default=True,
-        help="documents in one row do not attend to each other")
+    download.add_row_options(recipe)
     add("--seed", type=int, default=0, help="order of the rows and --random-init")
-    add("--num-epochs", type=int, default=1, help="passes over the rows")
+    add("--num-epochs", type=int, default=1, help="passes over the rows, or of a mixture over"
+        " the data set that ends first")
     add("--max-steps", type=int, help="stop after this many steps, if epochs last longer")
     add("--global-batch-size", type=int, default=64, help="rows in a step, over all ranks")
     add("--lr", type=float, default=3e-5, help="peak learning rate of AdamW (betas 0.9, 0.95)")
@@ -147,6 +148,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("record: what is logged and kept").add_argument
     add("--log-freq", type=int, default=10, help="steps between two rows of metrics.jsonl")
+    add("--val-dataset-name", metavar="DATA", nargs="+", help="data of which the loss is told, and"
+        " never trained on; or see --val-fraction")
+    add("--val-dataset-split", help="its split; None: validation, if it is a hub data set")
+    add("--val-freq", type=int, help="steps between validations; None: only after the last step")
     add("--profile", type=int, metavar="STEP", help="write a Chrome trace of this step, and on GPUs"
         " a snapshot of the memory, into SAVE_DIR/EXPERIMENT/profile")
     add("--ckpt-freq", type=int, default=500, help="steps between checkpoints, and one at the end;"
@@ -166,7 +171,7 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse what can be refused without touching a model or data set. Raises OptionError."""
     for least, names in {
         1: ("num_epochs", "max_steps", "global_batch_size", "batch_size", "log_freq",
-            "keep_checkpoints", "profile"),
+            "keep_checkpoints", "profile", "val_freq"),
         0: ("seed", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "lr",
             "ckpt_freq", "loss_chunk"),
         2: ("seq_length",),
@@ -188,8 +193,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise OptionError(f"--experiment-name {args.experiment_name!r} must be a plain folder name")
     if args.random_init and args.load != "auto":
         raise OptionError(f"--load {args.load} has no effect with --random-init; leave it out")
-    if args.dataset_subset and Path(args.dataset_name).exists():
-        raise OptionError("--dataset-subset has no effect on local files; leave it out")
+    if args.val_dataset_name and args.val_fraction:
+        raise OptionError("--val-dataset-name and --val-fraction exclude each other; give one")
+    if (args.eval_only or args.val_freq) and not (args.val_dataset_name or args.val_fraction):
+        raise OptionError("--eval-only and --val-freq need --val-dataset-name or --val-fraction")
+    if args.val_dataset_split and not args.val_dataset_name:
+        raise OptionError("--val-dataset-split has no effect without --val-dataset-name")
     if args.float8 != "off":
         if importlib.util.find_spec("torchao") is None:
             raise OptionError(f"--float8 {args.float8} needs torchao: pip install torchao")
@@ -227,7 +236,7 @@ def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise OptionError(f"cannot write to {folder}: {nearest} is no folder, or not writable;"
                           " choose another --save-dir")
-    if args.allow_changes or not checkpoints.whole_checkpoints(folder):
+    if args.allow_changes or args.eval_only or not checkpoints.whole_checkpoints(folder):
         return
     begun_with, asked = json.loads((folder / "args.json").read_text()), as_json(vars(args))
     changed = [f"--{name.replace('_', '-')} was {begun_with[name]}, is {asked[name]}"
@@ -253,17 +262,17 @@ def main(argv: list[str] | None = None) -> None:
         return print(describe(args, model, find_rows(args), processes))
 
     processes = join_processes()
-    rows = prepare_rows(args, processes)
+    if args.eval_only:
+        return evaluate(model, args, processes)
+    rows, val_rows = (prepare_rows(args, processes, held_out=part) for part in (False, True))
     steps = planned_steps(args, rows)
     log.info(describe(args, model, rows, processes))
     folder = make_run_folder(args, rows, processes)
     heart = Heart(folder, steps, processes)
     state = begin_or_resume(model, folder, args, processes)
     saver = checkpoints.Saver(folder, args, processes, state)
-    meter = Meter(args, state, rows, folder, processes)
+    meter = Meter(args, state, rows, val_rows, heart, folder, processes)
     stop = StopRequest(folder)
-    heart.beat("training", state.step)
-    grad_accum_steps = args.global_batch_size // (args.batch_size * processes.world_size)
     while state.step < steps and not stop.agreed():
         meter.begin_step(state.step)
         # ---- the step: everything that changes the weights ----
@@ -271,15 +280,13 @@ def main(argv: list[str] | None = None) -> None:
             state.step, warmup=args.warmup_steps, steps=steps, floor=args.min_lr_ratio
         ))
         torch.manual_seed(seed_of(args.seed, state.step, processes.rank))  # for dropout
-        step_rows = rows_of_step(
-            state.step, rows=len(rows), global_batch_size=args.global_batch_size, seed=args.seed
-        )
+        step_rows = rows.of_step(state.step, args.global_batch_size, args.seed)
         # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
         scale = processes.world_size / rows.count_targets(step_rows)  # known before any backward
         loss = torch.zeros((), device=processes.device)
-        for micro_step in range(grad_accum_steps):
+        for micro_rows in rows_of_rank(step_rows, args, processes):  # one micro step each
             with meter.timing("data"):
-                batch = rows.batch(rows_of_rank(step_rows, micro_step, args, processes), processes)
+                batch = rows.batch(micro_rows, processes)
             with meter.timing("forward"):
                 scaled_loss = state.model(*batch, scale)
             with meter.timing("backward"):
@@ -294,8 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         state.step += 1
         # ---- the record: nothing below changes the weights ----
         meter.end_step(state.step, loss, grad_norm)
-        heart.beat("training", state.step)
-        if state.step % args.log_freq == 0 or saver.is_due(state.step):
+        if meter.is_due(state.step) or saver.is_due(state.step):
             meter.write_row(state)  # and stop here if a value is not finite
         if saver.is_due(state.step):
             saver.save(state, heart)
@@ -333,6 +339,10 @@ def describe(
     micro = args.batch_size * processes.world_size
     steps = planned_steps(args, rows) if rows else "known when rows are prepared"
     tied = ", tied embeddings" if tied_embeddings(model) else ""
+    every = f"every {args.val_freq} steps and " if args.val_freq else ""
+    val_data = args.val_dataset_name or [f"{args.val_fraction:g} of the documents, held out"]
+    validates = args.val_dataset_name or args.val_fraction
+    validation = f"{every}at the end, on {' '.join(val_data)}" if validates else "none"
     return f"""this run
   model      {type(model).__name__}, {millions:,.1f} M parameters{tied}, {args.model_name}\
 {", initialised at random" if args.random_init else ""}
@@ -343,7 +353,8 @@ def describe(
  {"apart" if args.document_mask else "see each other"}; activation checkpointing\
  {args.checkpoint_activations}; layers {"compiled" if args.compile else "not compiled"}
   rows       {len(rows) if rows else "not prepared yet"}, {args.seq_length} tokens, from\
- {args.dataset_name}
+ {" ".join(args.dataset_name)}
+  validation {validation}
   step       {args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens,\
  as {args.global_batch_size // micro} micro steps of {micro} rows over all ranks
   steps      {steps}; lr {args.lr:g} after {args.warmup_steps} warmup steps, then a cosine to\
@@ -597,132 +608,45 @@ def first_line(error: Exception) -> str:
 
 
 # --- 5. Data --------------------------------------------------------------------------------
-# A resumed run must see the rows it would have seen. So the rows of a step are a function of
-# (seed, step) alone; there is no loader state to save, and any number of ranks shares them out.
-# How text becomes rows is download.py's story; here they are three memory-mapped files. Cost: the
-# row count is fixed when a run starts. There are no loader processes: a batch is a page-cache read.
+# Someone must make the rows, once a node, while all others wait; and a resumed run must see the
+# rows that it would have seen. So the rows of a step are a function of (seed, step) alone, and any
+# number of ranks shares them out. How text becomes rows is download.py's story, how they are read,
+# ordered and mixed is rows.py's. Cost: the row count is fixed when a run starts.
 
 
-class Rows:
-    """Prepared rows: `tokens` (N, T) uint32, `marks` (N, T) uint8, `targets` (N,) uint32."""
-
-    def __init__(self, folder: Path):
-        self.meta = json.loads((folder / "meta.json").read_text())
-        shape = (self.meta["rows"], self.meta["seq_length"])
-        self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r", shape=shape)
-        self.marks = np.memmap(folder / "marks.bin", np.uint8, "r", shape=shape)
-        self.targets = np.fromfile(folder / "targets.bin", np.uint32)
-
-    def __len__(self) -> int:
-        return self.meta["rows"]
-
-    def count_targets(self, indices: np.ndarray) -> int:
-        """Tokens that count in the loss of these rows (1 if there are none: their loss is 0)."""
-        return max(1, int(self.targets[indices].sum(dtype=np.int64)))
-
-    def batch(self, indices: np.ndarray, processes: Processes) -> tuple[torch.Tensor | None, ...]:
-        """input_ids, labels, position_ids, each (B, T) int64, and documents, int32, on the device.
-
-        labels[b, t] is the token to predict after input_ids[b, t], or -100 if it is no target.
-        Documents are kept apart by positions that restart, or, by kernels of variable length, by
-        the places of their first tokens among the B * T of the batch; B * T ends that list, again
-        and again up to a power of two, lest each number of documents be compiled for anew.
-        """
-        tokens = self.tokens[indices].astype(np.int64)
-        marks = self.marks[indices]
-        labels = np.full_like(tokens, -100)
-        labels[:, :-1] = np.where(marks[:, 1:] & download.TARGET, tokens[:, 1:], -100)
-        starts = np.where(marks & download.STARTS, np.arange(tokens.shape[1]), 0)
-        if not self.meta["document_mask"]:
-            starts[:] = 0
-        positions = np.arange(tokens.shape[1]) - np.maximum.accumulate(starts, axis=1)
-        first = np.flatnonzero(positions == 0)
-        documents = np.full(1 << len(first).bit_length(), tokens.size, np.int32)
-        documents[: len(first)] = first
-        return tuple(to_device(a, processes.device) for a in (tokens, labels, positions, documents))
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; from pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def row_inputs(args: argparse.Namespace) -> dict:
-    """All that shapes the rows, in the words of download.py."""
-    names = ("model_name", "dataset_name", "dataset_subset", "dataset_split", "seq_length",
-             "document_mask", "rows_dir")
-    return {name: getattr(args, name) for name in names}
-
-
-def find_rows(args: argparse.Namespace) -> Rows | None:
-    """The rows if they are prepared. Raises InputError if the data set or tokenizer is missing."""
-    folder = download.rows_folder(**row_inputs(args))
-    return Rows(folder) if folder.exists() else None
-
-
-def prepare_rows(args: argparse.Namespace, processes: Processes) -> Rows:
-    """The rows, made by the first process of each node if they are missing.
-
-    They are made by download.py in a process of its own: what it allocates is given back, and the
-    same command ahead of time makes the very same files.
-    """
+def prepare_rows(args: argparse.Namespace, processes: Processes, *, held_out: bool) -> Rows | None:
+    """The rows to train or, held out, to validate on; made by the first process of each node if
+    they are missing. None if validation was not asked for."""
+    if held_out and not (args.val_dataset_name or args.val_fraction):
+        return None
 
     def prepare() -> None:
-        words = [sys.executable, str(HERE / "download.py"), "--skip-model"]
-        for name, value in row_inputs(args).items():
-            if value is False:
-                words.append(f"--no-{name.replace('_', '-')}")
-            elif value not in (None, True):
-                words += [f"--{name.replace('_', '-')}", str(value)]
-        if not find_rows(args) and subprocess.run(words, stdout=sys.stderr).returncode:
-            raise InputError("the rows could not be prepared: see download.py's message above")
+        for inputs in row_inputs(args, held_out=held_out):
+            download.prepare_apart(**inputs)
 
+    key = "validation rows" if held_out else "rows"
     while_others_wait(
-        prepare, f"rows/{processes.node}", alone=processes.local_rank == 0, store=processes.store
+        prepare, f"{key}/{processes.node}", alone=processes.local_rank == 0, store=processes.store
     )
-    rows = find_rows(args)
-    digest = json.dumps(rows.meta["sha256"], sort_keys=True)
-    if processes.store.compare_set("rows", "", digest).decode() != digest:
+    rows = find_rows(args, held_out=held_out)
+    if processes.store.compare_set(key, "", rows.digest).decode() != rows.digest:
         raise InputError(
-            f"node {processes.node} has other rows of {args.dataset_name} than a node before it;"
-            " copy the same data and tokenizer to every node"
+            f"node {processes.node} has other {key} of {' '.join(args.dataset_name)} than a node"
+            " before it; copy the same data and tokenizer to every node"
         )
     return rows
 
 
 def planned_steps(args: argparse.Namespace, rows: Rows) -> int:
     """Whole steps in --num-epochs, at most --max-steps. Raises InputError if there is not one."""
-    steps = args.num_epochs * len(rows) // args.global_batch_size
+    steps = int(args.num_epochs * rows.epoch) // args.global_batch_size
     if not steps:
         raise InputError(
-            f"{args.dataset_name} makes {len(rows)} rows of {args.seq_length} tokens, and"
+            f"{' '.join(args.dataset_name)}: {len(rows)} rows of {args.seq_length} tokens, and"
             f" {args.num_epochs} epochs of them are less than one step of --global-batch-size"
             f" {args.global_batch_size}; lower it or --seq-length, or add data"
         )
     return min(steps, args.max_steps or steps)
-
-
-def rows_of_step(step: int, *, rows: int, global_batch_size: int, seed: int) -> np.ndarray:
-    """Indices (G,) of the rows of one step. Epochs follow each other without a gap."""
-    first = step * global_batch_size
-    places = np.arange(first, first + global_batch_size)
-    epochs = places // rows
-    indices = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indices[chosen] = epoch_order(int(epoch), rows=rows, seed=seed)[places[chosen] % rows]
-    return indices
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(epoch: int, *, rows: int, seed: int) -> np.ndarray:
-    """A shuffled range(rows), (N,) uint32.
-
-    RandomState, because NumPy promises that its streams never change; those of Generator may, and a
-    run resumed after an upgrade would see other rows.
-    """
-    return np.random.RandomState([seed, epoch]).permutation(np.arange(rows, dtype=np.uint32))
 
 
 def seed_of(*numbers: int) -> int:
@@ -731,11 +655,10 @@ def seed_of(*numbers: int) -> int:
 
 
 def rows_of_rank(
-    step_rows: np.ndarray, micro_step: int, args: argparse.Namespace, processes: Processes
+    step_rows: np.ndarray, args: argparse.Namespace, processes: Processes
 ) -> np.ndarray:
-    """This rank's rows (B,) of one micro step, of the step's rows (G,)."""
-    shares = step_rows.reshape(-1, processes.world_size, args.batch_size)
-    return shares[micro_step, processes.rank]
+    """This rank's rows (grad_accum_steps, B) of the step's rows (G,)."""
+    return step_rows.reshape(-1, processes.world_size, args.batch_size)[:, processes.rank]
 
 
 # --- 6. Loss, optimizer and schedule ----------------------------------------------------------
@@ -823,7 +746,7 @@ def begin_or_resume(
     found = checkpoints.find_checkpoints(folder)
     if args.cpu_offload != "off" and processes.device.type == "cuda":
         offload.use_cores_near_gpu(processes.local_rank)
-    if processes.rank == 0 and not found:
+    if processes.rank == 0 and not found and not args.eval_only:
         checkpoints.keep_model_files(model, args, folder)
     plan = None if found else find_weights(model, args, processes)
     sharded = shard(model, plan, args, processes)
@@ -851,7 +774,7 @@ PHASES = ("data", "forward", "backward", "update")
 
 
 class Meter:
-    """Time, throughput and memory of a run; writes `metrics.jsonl` and shows progress on rank 0.
+    """Time, throughput, memory and validation; writes `metrics.jsonl`, shows progress on rank 0.
 
     A row's `loss`, `grad_norm` and `lr` are those of its own step, its times the mean since the row
     before. Throughput counts every token of the rows, targets or not. `update_lost` is the share of
@@ -859,8 +782,10 @@ class Meter:
     with --cpu-offload optimizer it is of the step before, the last that has ended.
     """
 
-    def __init__(self, args, state: TrainState, rows: Rows, folder: Path, processes: Processes):
-        self.args, self.rows, self.processes = args, rows, processes
+    def __init__(self, args, state: TrainState, rows: Rows, val_rows: Rows | None, heart: "Heart",
+                 folder: Path, processes: Processes):
+        self.args, self.rows, self.val_rows = args, rows, val_rows
+        self.heart, self.processes = heart, processes
         self.path = path = folder / "metrics.jsonl"
         if processes.rank == 0:  # rows of steps that were lost are written anew
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -872,10 +797,11 @@ class Meter:
         self.pending: list[torch.Tensor] = []
         self.spans: list[tuple] = []  # (phase, its start, its end)
         self.row_started = time.perf_counter()
-        steps = planned_steps(args, rows)
+        self.steps = planned_steps(args, rows)
         self.bar = tqdm(
-            total=steps, initial=state.step, disable=processes.rank != 0, unit="step"
+            total=self.steps, initial=state.step, disable=processes.rank != 0, unit="step"
         )
+        heart.beat("training", state.step)
 
     @contextlib.contextmanager
     def timing(self, phase: str) -> Iterator[None]:
@@ -905,8 +831,16 @@ class Meter:
     def end_step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         self.pending.append(torch.stack((loss, grad_norm.to(loss))))
         self.bar.update()
+        self.heart.beat("training", step)
         if self.args.profile == step:
             end_profile(self.profiler, self.path.parent / "profile", self.processes.rank)
+
+    def is_due(self, step: int) -> bool:
+        return step % self.args.log_freq == 0 or self.is_validation_due(step)
+
+    def is_validation_due(self, step: int) -> bool:
+        return self.val_rows is not None and (
+            step == self.steps or bool(self.args.val_freq) and step % self.args.val_freq == 0)
 
     def write_row(self, state: TrainState) -> None:
         """Raises InputError on every rank if a loss or norm since the last row is not finite."""
@@ -937,9 +871,13 @@ class Meter:
             "step_seconds": step_seconds,
             **{f"{phase}_seconds": self.mean_seconds(phase) for phase in PHASES},
             **peak_memory(self.processes.device),
-            "epoch": state.step * self.args.global_batch_size / len(self.rows),
+            "epoch": state.step * self.args.global_batch_size / float(self.rows.epoch),
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
+        if self.is_validation_due(state.step):
+            self.heart.beat("validating", state.step)
+            row |= validate(state.model, self.val_rows, self.args, self.processes)
+            self.heart.beat("training", state.step)
         if self.processes.rank == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -948,7 +886,7 @@ class Meter:
             )
         self.pending.clear()
         self.spans.clear()
-        self.row_started = now
+        self.row_started = time.perf_counter()  # validation is nobody's step
 
     def mfu(self, tokens_per_second_per_gpu: float) -> float | None:
         if self.processes.device.type != "cuda" or self.flops_per_token is None:
@@ -956,6 +894,33 @@ class Meter:
         name = torch.cuda.get_device_name()
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
         return peak and tokens_per_second_per_gpu * self.flops_per_token / peak
+
+
+@torch.no_grad()
+def validate(model: FSDP, rows: Rows, args: argparse.Namespace, processes: Processes) -> dict:
+    """Loss and perplexity over the targets of all `rows`: the same on any number of ranks."""
+    started = time.perf_counter()
+    total = torch.zeros((), dtype=torch.float64, device=processes.device)
+    model.eval()
+    for start in range(0, len(rows), args.batch_size * processes.world_size):
+        mine = start + processes.rank * args.batch_size + np.arange(args.batch_size)
+        mine[mine >= len(rows)] = -1  # all ranks take part in the last forward pass, too
+        total += model(*rows.batch(mine, processes), 1.0)
+    model.train()
+    dist.all_reduce(total)
+    loss = total.item() / rows.count_targets(np.arange(len(rows)))
+    return {"val_loss": loss, "val_perplexity": float(np.exp(loss)),
+            "val_seconds": time.perf_counter() - started}
+
+
+def evaluate(model: nn.Module, args: argparse.Namespace, processes: Processes) -> None:
+    """--eval-only: print the validation loss of the newest checkpoint or else of --model-name."""
+    rows = prepare_rows(args, processes, held_out=True)
+    state = begin_or_resume(model, args.save_dir / args.experiment_name, args, processes)
+    found = {"step": state.step, **validate(state.model, rows, args, processes)}
+    if processes.rank == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
 
 
 def matmul_parameters(model: nn.Module) -> int:
@@ -1034,11 +999,11 @@ def make_run_folder(args: argparse.Namespace, rows: Rows, processes: Processes) 
     folder = args.save_dir / args.experiment_name
     folder.mkdir(parents=True, exist_ok=True)
     if processes.rank == 0:
-        digest, old = rows.meta["sha256"]["tokens.bin"], folder / "args.json"
+        digest, old = rows.digest, folder / "args.json"
         resumes = checkpoints.whole_checkpoints(folder) and not args.allow_changes
         if resumes and json.loads(old.read_text()).get("rows_sha256", digest) != digest:
-            raise InputError(f"{args.dataset_name} or the tokenizer changed since {folder} was"
-                             " begun, and makes other rows; restore it, give another"
+            raise InputError(f"{' '.join(args.dataset_name)} or the tokenizer changed since"
+                             f" {folder} was begun, and makes other rows; restore it, give another"
                              " --experiment-name, or --allow-changes")
         write_json(old, as_json(vars(args)) | {"rows_sha256": digest})
         write_json(folder / "versions.json", versions(processes))

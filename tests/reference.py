@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def documents_of(row, marks) -> list[torch.Tensor]:
-    """The documents of one row: tokens (T,) cut before each mark of a first token (bit 1)."""
+def documents_of(row, marks) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The documents of one row, cut before each mark of a first token (bit 1): tokens, and whether
+    each is to be predicted (bit 2)."""
     cuts = np.flatnonzero(marks & 1).tolist() + [len(row)]
-    return [torch.tensor(row[a:b].astype(np.int64)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(torch.tensor(row[a:b].astype(np.int64)), torch.tensor(marks[a:b] & 2) > 0)
+            for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 def train(model_folder, tokens, marks, *, order, lr, warmup, floor=0.1, decay=0.01, clip=1.0):
@@ -28,11 +30,12 @@ def train(model_folder, tokens, marks, *, order, lr, warmup, floor=0.1, decay=0.
     for step, rows in enumerate(order):
         total, count = 0.0, 0
         for row in rows:
-            for document in documents_of(tokens[row], marks[row]):
-                if len(document) > 1:
+            for document, wanted in documents_of(tokens[row], marks[row]):
+                if wanted[1:].any():
                     logits = model(document[None]).logits[0, :-1]
                     chosen = torch.log_softmax(logits, dim=-1).gather(1, document[1:, None])
-                    total, count = total - chosen.sum(), count + len(document) - 1
+                    total = total - chosen[wanted[1:]].sum()
+                    count += int(wanted[1:].sum())
         loss = total / count
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())),
                              strict=True))

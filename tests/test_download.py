@@ -215,7 +215,7 @@ def test_of_two_processes_at_once_one_makes_the_rows_and_both_report_them(inputs
     outputs = [maker.communicate(timeout=120) for maker in makers]
     assert [maker.returncode for maker in makers] == [0, 0]
     assert outputs[0][0] == outputs[1][0]
-    assert outputs[0][0].startswith("10 documents, ") and outputs[0][0].count("\n") == 1
+    assert outputs[0][0].count(" 10 documents, ") == 1
     assert sum("B/s]" in stderr for _, stderr in outputs) == 1  # one progress bar: one maker
 
 
@@ -322,7 +322,7 @@ BAD_DATA = {  # name of the file, content, what the message must say
     "deep": ("a.jsonl", GOOD + "[" * 99999 + "\n", "a.jsonl, line 2: JSON nested too deep"),
     "null": ("a.jsonl", GOOD + '{"text": null}\n', 'line 2: field "text" is null, needed a string'),
     "not text": ("a.jsonl", GOOD + '{"text": 3}\n', 'line 2: field "text" is 3, needed a string'),
-    "half pair": ("a.jsonl", GOOD + '{"text": "a\\ud800"}\n', "line 2: character 1 is half of a"),
+    "half pair": ("a.jsonl", GOOD + '{"text": "a\\ud800"}\n', "line 2: .*ud800. is half of a"),
     "no field": ("a.jsonl", GOOD + '{"txt": "", "i": 1}\n', r"line 2: no .*\(found: txt, i\)"),
     "bytes": ("a.jsonl", GOOD.encode() + b'{"text": "\xff"}\n', "line 2: byte 0xff is not UTF-8"),
     "bytes in text": ("a.txt", b"a\nb\nc \xe9\n", "a.txt, line 3: byte 0xe9 is not UTF-8"),
@@ -332,7 +332,7 @@ BAD_DATA = {  # name of the file, content, what the message must say
     "cut gzip": ("a.txt.gz", gzip.compress(b"abc" * 99)[:-9], "a.txt.gz is not whole"),
     "not gzip": ("a.txt.gz", "abc", "a.txt.gz is not whole"),
     "empty file": ("a.jsonl", "", "a.jsonl is empty, 0 bytes"),
-    "no documents": ("a.json", "[]", "0 documents of 0 tokens together"),
+    "no documents": ("a.json", "[]", "a.json has no document; put some"),
     "few tokens": ("a.txt", "the", "1 documents of 3 tokens together, fewer than one row of 16"),
     "other kind": ("a.csv", "text\n", r"a.csv is of no kind that can be read; needed: .jsonl"),
 }
@@ -354,7 +354,7 @@ def test_bad_rows_of_parquet_are_told_by_row(inputs, tmp_path):
     with pytest.raises(InputError, match='a.parquet, row 2: field "text" is null'):
         prepare_rows(**inputs | dict(dataset_name=str(path)))
     pq.write_table(pa.table({"id": [1], "body": ["a"]}), path)
-    with pytest.raises(InputError, match=r'a.parquet: no .*"text" \(found: id, body\)'):
+    with pytest.raises(InputError, match=r'a.parquet: no .*"text" .*\(found: id, body\)'):
         prepare_rows(**inputs | dict(dataset_name=str(path)))
 
 
@@ -367,7 +367,7 @@ def test_bad_rows_of_parquet_are_told_by_row(inputs, tmp_path):
     (dict(dataset_split="test"), "a subset or split other than train is part of a hub dataset"),
     (dict(model_name="/none"), "model folder /none does not exist"),
     (dict(model_name="owner/none"), "neither a folder here nor to be had from the hub"),
-    (dict(seq_length=1), "a row of 1 tokens"),
+    (dict(seq_length=1), "--seq-length 1: a row needs 2 tokens"),
 ])
 def test_inputs_that_cannot_be_found_are_told(inputs, tmp_path, changes, message):
     if message is None:
@@ -409,7 +409,6 @@ def test_the_command_tells_an_error_in_one_line_with_status_1(inputs):
     ("--demo --seq-length 8", "--demo takes no option but --to"),
     ("--demo --no-document-mask", "--demo takes no option but --to"),
     ("--to x", "give --model-name, or --demo"), ("--dem", "unrecognized arguments: --dem"),
-    ("--model-name m --dataset-name d --seq-length 1", "a row needs 2 tokens"),
 ])
 def test_options_that_do_not_fit_end_with_status_2(words, message, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import download
 import train_llm
+from rows import rows_of_step
 
 STEPS, BATCH, LENGTH, LR = 10, 6, 32, 3e-3
 RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR, warmup_steps=3,
@@ -86,7 +87,7 @@ def expected(runs, corpus, rows_dir):
         if kind == "dropout":
             continue
         rows = train_llm.Rows(rows_folder(model, corpus, rows_dir))
-        order = [train_llm.rows_of_step(step, rows=len(rows), global_batch_size=BATCH, seed=3)
+        order = [rows_of_step(step, rows=len(rows), global_batch_size=BATCH, seed=3)
                  for step in range(STEPS)]
         found[kind] = reference.train(
             model, rows.tokens, rows.marks, order=order, lr=LR, warmup=3
@@ -120,7 +121,7 @@ def test_losses_norms_and_weights_are_those_of_plain_pytorch(name, runs, expecte
 
 def test_steps_have_rows_with_different_numbers_of_targets(tiny, corpus, rows_dir, runs):
     rows = train_llm.Rows(rows_folder(tiny, corpus, rows_dir))
-    first = train_llm.rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
+    first = rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
     assert len(set(rows.targets[first].tolist())) > 2
 
 
@@ -195,7 +196,7 @@ def test_without_document_mask_a_row_is_one_stretch_of_text(tmp_path, tiny, corp
     folder = download.rows_folder(model_name=str(tiny), dataset_name=str(corpus),
                                   seq_length=LENGTH, document_mask=False, rows_dir=rows_dir)
     rows = train_llm.Rows(folder)
-    first = train_llm.rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
+    first = rows_of_step(0, rows=len(rows), global_batch_size=BATCH, seed=3)
     ids = torch.from_numpy(rows.tokens[first].astype(np.int64))
     model = AutoModelForCausalLM.from_pretrained(tiny)
     assert read_metrics(tmp_path / "open")[0]["loss"] == pytest.approx(
@@ -203,7 +204,7 @@ def test_without_document_mask_a_row_is_one_stretch_of_text(tmp_path, tiny, corp
 
 
 def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
-    seen = [train_llm.rows_of_step(s, rows=30, global_batch_size=12, seed=5) for s in range(5)]
+    seen = [rows_of_step(s, rows=30, global_batch_size=12, seed=5) for s in range(5)]
     assert sorted(np.concatenate(seen).tolist()) == sorted([*range(30)] * 2)
     first = np.concatenate(seen)[:30].tolist()
     assert sorted(first) == [*range(30)] and first != [*range(30)]
@@ -211,9 +212,8 @@ def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
     for world_size in (1, 2, 3):
         ranks = [train_llm.Processes(rank, rank, world_size, 0, torch.device("cpu"))
                  for rank in range(world_size)]
-        shares = [train_llm.rows_of_rank(seen[0], micro, args, rank).tolist()
-                  for micro in range(6 // world_size) for rank in ranks]
-        assert sum(shares, []) == seen[0].tolist()
+        shares = [train_llm.rows_of_rank(seen[0], args, rank) for rank in ranks]
+        assert np.stack(shares, axis=1).flatten().tolist() == seen[0].tolist()
 
 
 def test_learning_rate_rises_linearly_then_falls_along_a_cosine():

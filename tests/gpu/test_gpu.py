@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import download
 import train_llm
+from rows import rows_of_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,7 +86,7 @@ def test_losses_on_gpus_are_those_of_plain_pytorch_up_to_bfloat16(runs, corpus, 
         folder = download.rows_folder(model_name=str(model), dataset_name=str(corpus),
                                       seq_length=LENGTH, rows_dir=rows_dir)
         rows = train_llm.Rows(folder)
-        order = [train_llm.rows_of_step(step, rows=len(rows), global_batch_size=BATCH, seed=3)
+        order = [rows_of_step(step, rows=len(rows), global_batch_size=BATCH, seed=3)
                  for step in range(STEPS)]
         wanted, _, _ = reference.train(model, rows.tokens, rows.marks, order=order, lr=LR, warmup=3)
         for (name, ranks), run in ((k, v) for k, v in runs.items() if k != "models"):
