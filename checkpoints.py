@@ -257,7 +257,8 @@ class Saver:
     def is_due(self, step: int) -> bool:
         return self.args.ckpt_freq > 0 and step % self.args.ckpt_freq == 0
 
-    def save(self, state: "TrainState", heart: "Heart") -> None:
+    def save(self, state: "TrainState", heart: "Heart", *, last: bool = False) -> None:
+        """Save, unless this step is saved already; the last save is waited for in any case."""
         self.finish()
         if not self.args.ckpt_freq or state.step == self.saved_step:
             return
@@ -276,6 +277,8 @@ class Saver:
                 **what, async_checkpointer_type=AsyncCheckpointerType.PROCESS,
                 async_stager=self.stager,
             )
+            if last:
+                self.finish()
         else:
             self.in_flight = Future()
             try:

@@ -9,6 +9,7 @@ import functools
 import inspect
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -214,3 +215,71 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return (None,) * 5 + tuple(slope.mul_(upstream) for slope in ctx.slopes)
+
+
+# --- 5. What it should take -------------------------------------------------------------------
+# Utilisation tells whether a step is as fast as it could be: the operations that the model asks
+# for, against what the GPU could do in that time. Recomputation is not counted: it lowers it.
+
+# Dense bfloat16 FLOP/s of one GPU by the makers' data sheets, the base of `mfu`. The first name
+# found in the device's own is taken; for any other device mfu is null rather than a guess.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H20": 148e12,
+    "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12,
+    "MI300X": 1307e12,
+}
+
+
+def tied_embeddings(model: nn.Module) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
+
+
+def matmul_parameters(model: nn.Module) -> int:
+    """Parameters that multiply every token: all, but for an embedding that is only looked up."""
+    total = sum(p.numel() for p in model.parameters())
+    return total - (0 if tied_embeddings(model) else model.get_input_embeddings().weight.numel())
+
+
+def flops_per_token(config, matmul_parameters: int, seq_length: int) -> float | None:
+    """Floating-point operations for one token, forward and backward; None if unknown.
+
+    6 N + 6 L H Q T: appendix B of PaLM (arXiv 2204.02311), its attention term halved, since half
+    of a causal matrix is never needed. Recomputation is not counted: it lowers the utilisation.
+    Unknown for mixtures of experts, where a token meets only some of the parameters.
+    """
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        return None
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6 * matmul_parameters + 6 * config.num_hidden_layers * heads * head_dim * seq_length
+
+
+def utilisation(
+    tokens_per_second: float, flops_per_token: float | None, device: torch.device
+) -> float | None:
+    """MFU of one GPU at this rate; None on CPUs, and for GPUs and models that are not known."""
+    if device.type != "cuda" or flops_per_token is None:
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return peak and tokens_per_second * flops_per_token / peak
+
+
+def start_profile() -> torch.profiler.profile:
+    if torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(max_entries=200_000)
+    profiler = torch.profiler.profile(record_shapes=True)
+    profiler.start()
+    return profiler
+
+
+def end_profile(profiler: torch.profiler.profile, folder: Path, rank: int) -> None:
+    """Write trace-RANK.json.gz, and memory-RANK.pickle for pytorch.org/memory_viz."""
+    folder.mkdir(exist_ok=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank}.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    profiler.stop()
+    profiler.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))

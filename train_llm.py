@@ -258,8 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         return checkpoints.export_checkpoint(args.export, args.to, getattr(torch, args.dtype))
     model = build_model(args)  # on meta: names and shapes, no memory
     if args.check:
-        check_node(args, model, processes := planned_processes())
-        return print(describe(args, model, find_rows(args), processes))
+        return check_node(args, model, planned_processes())
 
     processes = join_processes()
     if args.eval_only:
@@ -276,9 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     while state.step < steps and not stop.agreed():
         meter.begin_step(state.step)
         # ---- the step: everything that changes the weights ----
-        set_lr(state.optimizer, args.lr * lr_factor(
-            state.step, warmup=args.warmup_steps, steps=steps, floor=args.min_lr_ratio
-        ))
+        set_lr(state.optimizer, args, state.step, steps)
         torch.manual_seed(seed_of(args.seed, state.step, processes.rank))  # for dropout
         step_rows = rows.of_step(state.step, args.global_batch_size, args.seed)
         # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
@@ -306,8 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         if saver.is_due(state.step):
             saver.save(state, heart)
     meter.write_row(state)
-    saver.save(state, heart)
-    saver.finish()
+    saver.save(state, heart, last=True)
     state.optimizer.join()
     if state.step == steps and args.export_dtype != "none":
         heart.beat("exporting", state.step)
@@ -318,7 +314,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_node(args: argparse.Namespace, model: nn.Module, processes: "Processes") -> None:
-    """Raises InputError if this node lacks weights that it is to read, or room for checkpoints."""
+    """Print what would run. Raises InputError if this node lacks weights that it is to read, or
+    room for checkpoints."""
     folder = args.save_dir / args.experiment_name
     first = processes.rank == 0
     if first and not args.random_init and not checkpoints.whole_checkpoints(folder):
@@ -326,6 +323,7 @@ def check_node(args: argparse.Namespace, model: nn.Module, processes: "Processes
     part = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / processes.world_size
     parameters = sum(p.numel() for p in model.parameters())
     checkpoints.check_room(folder, args, parameters=parameters, part=part, exports=first)
+    print(describe(args, model, find_rows(args), processes))
 
 
 def describe(
@@ -338,7 +336,7 @@ def describe(
         compute += f", products of the layers in float8 {args.float8}"
     micro = args.batch_size * processes.world_size
     steps = planned_steps(args, rows) if rows else "known when rows are prepared"
-    tied = ", tied embeddings" if tied_embeddings(model) else ""
+    tied = ", tied embeddings" if layers.tied_embeddings(model) else ""
     every = f"every {args.val_freq} steps and " if args.val_freq else ""
     val_data = args.val_dataset_name or [f"{args.val_fraction:g} of the documents, held out"]
     validates = args.val_dataset_name or args.val_fraction
@@ -549,11 +547,11 @@ def shard(
     facts = {
         "tensor_names": set(model.state_dict()),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
-        "matmul_parameters": matmul_parameters(model),
+        "matmul_parameters": layers.matmul_parameters(model),
     }
     layer_classes = decoder_layer_classes(model)
     # A tied embedding is the output layer's weight too, which the root unit needs to the end.
-    apart = {nn.Embedding} if args.wrap_embedding and not tied_embeddings(model) else set()
+    apart = {nn.Embedding} if args.wrap_embedding and not layers.tied_embeddings(model) else set()
     mixed_precision = MixedPrecision(
         param_dtype=compute_dtype(processes.device), reduce_dtype=getattr(torch, args.reduce_dtype)
     )
@@ -568,7 +566,8 @@ def shard(
         auto_wrap_policy=functools.partial(
             transformer_auto_wrap_policy, transformer_layer_cls=layer_classes | apart
         ),
-        param_init_fn=filler,  # on every rank: there is nothing left for sync_module_states
+        param_init_fn=filler,
+        sync_module_states=filler.fsdp_syncs,  # where rank 0 alone has the weights
         mixed_precision=mixed_precision if on_gpu else None,
         use_orig_params=True,
         cpu_offload=CPUOffload(offload_params=args.cpu_offload == "on"),
@@ -591,11 +590,6 @@ def decoder_layer_classes(model: nn.Module) -> set[type]:
         raise InputError(f"{type(model).__name__} declares no decoder layer (_no_split_modules is"
                          f" {sorted(names)}), so FSDP does not know what to wrap")
     return found
-
-
-def tied_embeddings(model: nn.Module) -> bool:
-    output = model.get_output_embeddings()
-    return output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -694,9 +688,11 @@ def build_optimizer(
     return offload.ShardAdamW(model, adamw)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer, args: argparse.Namespace, step: int, steps: int) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = args.lr * lr_factor(
+            step, warmup=args.warmup_steps, steps=steps, floor=args.min_lr_ratio
+        )
 
 
 def lr_factor(step: int, *, warmup: int, steps: int, floor: float) -> float:
@@ -761,15 +757,6 @@ def begin_or_resume(
 # losses and norms on the device, and reads them together, once every --log-freq steps, on every
 # rank; there a value that is not finite stops all of them at once. Rank 0 writes the row.
 
-# Dense bfloat16 FLOP/s of one GPU by the makers' data sheets, the base of `mfu`. The first name
-# found in the device's own is taken; for any other device mfu is null rather than a guess.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H20": 148e12,
-    "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "H800": 989e12,
-    "MI300X": 1307e12,
-}
-
-
 PHASES = ("data", "forward", "backward", "update")
 
 
@@ -791,7 +778,7 @@ class Meter:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.step))
         config = state.model.module.config.get_text_config()
-        self.flops_per_token = flops_per_token(
+        self.flops_per_token = layers.flops_per_token(
             config, state.model.matmul_parameters, args.seq_length
         )
         self.pending: list[torch.Tensor] = []
@@ -826,14 +813,14 @@ class Meter:
 
     def begin_step(self, step: int) -> None:
         if self.args.profile == step + 1:
-            self.profiler = start_profile()
+            self.profiler = layers.start_profile()
 
     def end_step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         self.pending.append(torch.stack((loss, grad_norm.to(loss))))
         self.bar.update()
         self.heart.beat("training", step)
         if self.args.profile == step:
-            end_profile(self.profiler, self.path.parent / "profile", self.processes.rank)
+            layers.end_profile(self.profiler, self.path.parent / "profile", self.processes.rank)
 
     def is_due(self, step: int) -> bool:
         return step % self.args.log_freq == 0 or self.is_validation_due(step)
@@ -867,7 +854,7 @@ class Meter:
             "update_lost": offload.share_over_ranks(state.optimizer.unchanged),
             "tokens_per_second": per_gpu * self.processes.world_size,
             "tokens_per_second_per_gpu": per_gpu,
-            "mfu": self.mfu(per_gpu),
+            "mfu": layers.utilisation(per_gpu, self.flops_per_token, self.processes.device),
             "step_seconds": step_seconds,
             **{f"{phase}_seconds": self.mean_seconds(phase) for phase in PHASES},
             **peak_memory(self.processes.device),
@@ -887,13 +874,6 @@ class Meter:
         self.pending.clear()
         self.spans.clear()
         self.row_started = time.perf_counter()  # validation is nobody's step
-
-    def mfu(self, tokens_per_second_per_gpu: float) -> float | None:
-        if self.processes.device.type != "cuda" or self.flops_per_token is None:
-            return None
-        name = torch.cuda.get_device_name()
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-        return peak and tokens_per_second_per_gpu * self.flops_per_token / peak
 
 
 @torch.no_grad()
@@ -923,26 +903,6 @@ def evaluate(model: nn.Module, args: argparse.Namespace, processes: Processes) -
     dist.destroy_process_group()
 
 
-def matmul_parameters(model: nn.Module) -> int:
-    """Parameters that multiply every token: all, but for an embedding that is only looked up."""
-    total = sum(p.numel() for p in model.parameters())
-    return total - (0 if tied_embeddings(model) else model.get_input_embeddings().weight.numel())
-
-
-def flops_per_token(config, matmul_parameters: int, seq_length: int) -> float | None:
-    """Floating-point operations for one token, forward and backward; None if unknown.
-
-    6 N + 6 L H Q T: appendix B of PaLM (arXiv 2204.02311), its attention term halved, since half
-    of a causal matrix is never needed. Recomputation is not counted: it lowers the utilisation.
-    Unknown for mixtures of experts, where a token meets only some of the parameters.
-    """
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-        return None
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 6 * matmul_parameters + 6 * config.num_hidden_layers * heads * head_dim * seq_length
-
-
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Most so far, in GiB: allocated and reserved on the GPU, or resident in a CPU process."""
     if device.type == "cuda":
@@ -950,25 +910,6 @@ def peak_memory(device: torch.device) -> dict[str, float]:
                 "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
     return {"peak_memory_gib": resident / 2**20}
-
-
-def start_profile() -> torch.profiler.profile:
-    if torch.cuda.is_available():
-        torch.cuda.memory._record_memory_history(max_entries=200_000)
-    profiler = torch.profiler.profile(record_shapes=True)
-    profiler.start()
-    return profiler
-
-
-def end_profile(profiler: torch.profiler.profile, folder: Path, rank: int) -> None:
-    """Write trace-RANK.json.gz, and memory-RANK.pickle for pytorch.org/memory_viz."""
-    folder.mkdir(exist_ok=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank}.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
-    profiler.stop()
-    profiler.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))
 
 
 class Heart:

@@ -463,6 +463,9 @@ class Filler:
                  args: Namespace, processes: "Processes"):
         self.model, self.plan, self.processes = model, plan or Plan("from a checkpoint"), processes
         self.seed, self.resuming, self.started = args.seed, plan is None, time.perf_counter()
+        # FSDP broadcasts whole units in float32, which only tensors on GPUs may ask of it.
+        self.fsdp_syncs = processes.device.type == "cuda" and bool(self.plan.readers) and all(
+            readers == [0] for readers in self.plan.readers.values())
         self.module_names = {id(module): name for name, module in model.named_modules()}
         self.names = {key: names[0] for key, names in names_of_tensors(model).items()}
         self.units, self.pieces, turns = units_of(model, unit_classes), {}, itertools.count()
@@ -508,7 +511,7 @@ class Filler:
         else:
             size = values.numel() * dtype.itemsize
             stored = torch.empty(size, dtype=torch.uint8, device=tensor.device)
-        if piece.reader is not None:
+        if piece.reader is not None and not self.fsdp_syncs:
             dist.broadcast(stored, src=piece.reader)
         values.copy_(stored.view(dtype))
         self.filled[piece.name] = self.filled.get(piece.name, piece[1:])[0], piece.last

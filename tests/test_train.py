@@ -162,7 +162,8 @@ def test_a_run_leaves_its_options_versions_metrics_and_model(runs, tiny):
            for path in (folder / "model", tiny)]
     assert ids[0] == ids[1]
     assert {path.name for path in folder.iterdir()} == {
-        "args.json", "versions.json", "metrics.jsonl", "model", "checkpoints", "heartbeats"}
+        "args.json", "versions.json", "metrics.jsonl", "model", "model-files", "checkpoints",
+        "heartbeats"}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -227,10 +228,10 @@ def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
 def test_flops_of_llama_405b_are_six_per_parameter_and_attention():
     config = train_llm.AutoConfig.for_model(
         "llama", hidden_size=16384, num_attention_heads=128, num_hidden_layers=126)
-    found = train_llm.flops_per_token(config, 403_752_042_496, 4096)
+    found = train_llm.layers.flops_per_token(config, 403_752_042_496, 4096)
     assert found == pytest.approx(6 * 403.75e9 + 6 * 126 * 16384 * 4096, rel=1e-4)
     mixture = train_llm.AutoConfig.for_model("mixtral")
-    assert train_llm.flops_per_token(mixture, 1, 1) is None
+    assert train_llm.layers.flops_per_token(mixture, 1, 1) is None
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
