@@ -152,7 +152,7 @@ def test_a_run_leaves_its_options_versions_metrics_and_model(runs, tiny):
     row = read_metrics(folder)[-1]
     assert set(row) == {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu",
                         "tokens_per_second_per_gpu", "step_seconds", "data_seconds",
-                        "forward_seconds", "backward_seconds", "update_seconds",
+                        "forward_seconds", "backward_seconds", "update_seconds", "update_lost",
                         "peak_memory_gib", "epoch", "time"}
     assert row["mfu"] is None, "there is no GPU here, so no utilisation to speak of"
     assert row["tokens_per_second"] == pytest.approx(BATCH * LENGTH / row["step_seconds"])
