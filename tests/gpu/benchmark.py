@@ -12,7 +12,7 @@ Everything runs through the script itself, with random weights and real text:
               held against the same layer on one GPU without any sharding, timed in the same run
 
 A figure is the median of five pairs of steps after the first four steps. Tables go to standard
-output as Markdown and into benchmark.json. --only takes the cases whose "table: case" it is found in.
+output as Markdown and into benchmark.json. --only is searched for in "table: case".
 """
 
 import argparse
