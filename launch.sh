@@ -151,6 +151,7 @@ choose_name() {
     options=(--experiment-name "$name" "${options[@]}")
     save_dir=$(option save-dir) || save_dir=outputs
     model=$(option model-name) data=$(option dataset-name) rows_dir=$(option rows-dir) || true
+    [[ -e $data ]] || data=${data%=*}  # of several data sets the first, without its share
 }
 
 # Logs are filed under the host as the file spells it, not under its hostname: that file alone then

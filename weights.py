@@ -348,7 +348,7 @@ class ReadAhead:
 
 def file_reader(plan: Plan, folder: Path | None) -> Callable[[Piece, torch.Tensor], int]:
     """Reads a piece's bytes into a slot (uint8) and returns their number. Raises InputError."""
-    files = {}  # opened by the first thread that needs it; of two at once, one's stays
+    files = {}  # opened by the first thread that needs it
 
     def read(piece: Piece, slot: torch.Tensor) -> int:
         stored = plan.tensors[piece.name]
@@ -361,6 +361,8 @@ def file_reader(plan: Plan, folder: Path | None) -> Callable[[Piece, torch.Tenso
         path = folder / stored.file
         try:
             if stored.file not in files:
+                # Of two threads that come together one's file stays; the other's would be closed
+                # under its reads if it were replaced.
                 files.setdefault(stored.file, path.open("rb", buffering=0))
             done, place = 0, stored.start + piece.first * dtype.itemsize
             while done < size:

@@ -3,7 +3,9 @@
 import itertools
 import json
 import shutil
+import threading
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +211,23 @@ def test_a_broken_file_ends_all_ranks_with_one_message(copy, tmp_path):
         dataset_name=write_corpus(tmp_path / "corpus.jsonl"), seq_length=32, global_batch_size=2))
     assert done.returncode == 1
     assert done.stderr.count("error: the weights of") == 1, done.stderr[-2000:]
+
+
+def test_many_threads_may_need_a_file_at_once(models):
+    plan = decide([models["many files"]])
+    name, stored = next(iter(plan.tensors.items()))
+    path = models["many files"] / stored.file
+    wanted = path.read_bytes()[stored.start : stored.start + 200]
+    for _ in range(20):
+        read, together = weights.file_reader(plan, path.parent), threading.Barrier(16)
+
+        def work(_, read=read, together=together):
+            slot = torch.empty(1 << 12, dtype=torch.uint8)
+            together.wait()
+            return bytes(slot[: read(weights.Piece(name, 0, 100, None), slot)].numpy())
+
+        with ThreadPoolExecutor(16) as threads:
+            assert set(threads.map(work, range(16))) == {wanted}
 
 
 def layer_of_405b() -> dict[str, torch.Tensor]:

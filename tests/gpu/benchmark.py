@@ -1,6 +1,6 @@
 """What every fit-and-speed option costs, and how fast large models train, on this node's GPUs.
 
-    python tests/gpu/benchmark.py [attention options 8b 405b] [--out FOLDER]
+    python tests/gpu/benchmark.py [attention options 8b 405b] [--only REGEX]
 
 Everything runs through the script itself, with random weights and real text:
 
@@ -12,7 +12,7 @@ Everything runs through the script itself, with random weights and real text:
               held against the same layer on one GPU without any sharding, timed in the same run
 
 A figure is the median of five pairs of steps after the first four steps. Tables go to standard
-output as Markdown and into FOLDER/benchmark.json.
+output as Markdown and into benchmark.json. --only is searched for in "table: case".
 """
 
 import argparse
@@ -104,7 +104,8 @@ def failure(error: Exception) -> str:
 class Bench:
     """Runs cases through the script and keeps their medians."""
 
-    def __init__(self, folder: Path, gpus: int):
+    def __init__(self, folder: Path, gpus: int, only: str):
+        self.only = only
         self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 16)
         self.versions, self.tables, self.runs = {}, {}, 0
 
@@ -112,6 +113,8 @@ class Bench:
             vocabulary: int = 128256, together: bool = True, gpus: int | None = None) -> None:
         """`together`: in one start of the processes; apart, one that fails leaves the others."""
         gpus = gpus or self.gpus
+        cases = {name: options for name, options in cases.items()
+                 if re.search(self.only, f"{table}: {name}")}
         name = f"{width}-{layers}-{vocabulary}"
         model = build_slice(self.folder / name, width, layers, vocabulary)
         jobs = {}
@@ -270,10 +273,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("suites", nargs="*", default=["attention", "options", "8b", "405b"])
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="ranks")
+    parser.add_argument("--only", default="", metavar="REGEX", help="leave out other cases")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of benchmark.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(Path(temporary), args.gpus)
+        bench = Bench(Path(temporary), args.gpus, args.only)
         for suite in args.suites:
             if suite == "attention":
                 for shape in ((32, 8192, 1), (32, 8192, 8), (128, 4096, 1), (128, 4096, 8)):

@@ -81,7 +81,8 @@ class Watch:
             return event
         started = time.time_ns()
         event = STEP_UNIT(optimizer, unit, scale, *job)
-        self.units.append((step, optimizer.units.index(unit), started, time.time_ns()))
+        place = next(i for i, other in enumerate(optimizer.units) if other is unit)
+        self.units.append((step, place, started, time.time_ns()))
         return event
 
     def profile(self, step: int) -> None:

@@ -8,6 +8,7 @@ Every tiny run is 10 steps in bfloat16. Losses are held against float32 ones of 
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import reference
@@ -140,17 +141,19 @@ def test_random_weights_are_the_same_on_one_gpu_and_two(runs):
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_two)])
 def test_pretrained_weights_arrive_bit_for_bit(ranks, kind, tmp_path, corpus):
-    jobs = []
+    jobs, outs = [], []
     for dtype in ("float32", "bfloat16"):
         model = build_tiny_model(tmp_path / f"{kind}-{dtype}", kind, dtype=dtype)
-        jobs.append({"do": "compare", "out": str(tmp_path / dtype), "argv": options_of(
-            experiment_name="x", model_name=model, dataset_name=corpus, global_batch_size=2,
-            seq_length=LENGTH)})
+        for load in ("spread", "rank0"):
+            outs.append(tmp_path / f"{dtype}-{load}")
+            jobs.append({"do": "compare", "out": str(outs[-1]), "argv": options_of(
+                experiment_name="x", model_name=model, dataset_name=corpus, global_batch_size=2,
+                seq_length=LENGTH, load=load)})
     on_ranks(ranks, jobs, tmp_path)
-    for dtype in ("float32", "bfloat16"):
+    for out in outs:
         for rank in range(ranks):
-            report = json.loads((tmp_path / f"{dtype}.{rank}").read_text())
-            assert report["different"] == report["extra"] == report["meta"] == [], (dtype, rank)
+            report = json.loads(Path(f"{out}.{rank}").read_text())
+            assert report["different"] == report["extra"] == report["meta"] == [], (out, rank)
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path, tiny, corpus, rows_dir):
