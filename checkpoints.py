@@ -557,7 +557,10 @@ def keep_model_files(model: nn.Module, args: Namespace, folder: Path) -> None:
     """Config, generation config and tokenizer, into `model-files` of the run's folder."""
     files = folder / "model-files"
     shutil.rmtree(files, ignore_errors=True)
-    AutoTokenizer.from_pretrained(args.model_name).save_pretrained(files)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name)
+    if args.chat_template:
+        tokenizer.chat_template = args.chat_template.read_text()
+    tokenizer.save_pretrained(files)
     with contextlib.suppress(OSError):  # many models have none
         generation = GenerationConfig.from_pretrained(args.model_name)
         generation.to_json_file(files / "generation_config.json")

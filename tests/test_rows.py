@@ -18,7 +18,7 @@ from conftest import (
     read_metrics,
     write_corpus,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import download
 import train_llm
@@ -179,6 +179,11 @@ def test_a_mixture_is_the_same_on_two_ranks_and_after_a_resume(runs):
     one, two, resumed = (losses_of(runs, name) for name in ("one", "two", "resumed"))
     assert one == pytest.approx(two, rel=1e-5) and one == pytest.approx(resumed, rel=1e-5)
     assert one[:3] == resumed[:3] and len(one) == STEPS
+
+
+def test_the_exported_model_has_the_template_that_it_was_trained_with(runs):
+    assert AutoTokenizer.from_pretrained(runs["folder"] / "one/model").chat_template == TEMPLATE
+
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
