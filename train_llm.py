@@ -6,12 +6,14 @@
 
 Read it from top to bottom. Each section opens with the problem it solves, the idea, and the cost;
 `main` is the whole story on one screen; what follows it stands in the order in which it is used.
+How weights are read (weights.py), rows ordered (rows.py), layers computed (layers.py), AdamW stepped
+in host memory (offload.py) and checkpoints written (checkpoints.py) are stories of their own.
 
 A *row* is one sequence of tokens; a *micro step* is a forward and backward pass of `--batch-size`
-rows on every rank; a *step* is `grad_accum_steps` of them and one update. A *target* is a token
-whose prediction counts in the loss. "Checkpoint" alone is saved state; the recomputation of
-activations is "activation checkpointing". Shapes: B rows in a micro batch, T tokens in a row, V
-entries of the vocabulary, G rows in a step over all ranks, N prepared rows.
+rows on every rank; a *step* is micro steps of `--global-batch-size` rows, and one update. A *target*
+is a token whose prediction counts in the loss. "Checkpoint" alone is saved state; the recomputation
+of activations is "activation checkpointing". Shapes: B rows in a micro batch, T tokens in a row, G
+rows in a step over all ranks, N prepared rows.
 """
 
 import argparse
@@ -657,8 +659,9 @@ def rows_of_rank(
 
 # --- 6. Loss, optimizer and schedule ----------------------------------------------------------
 # The loss of a step is the sum over its targets divided by their number, over all ranks and micro
-# steps: a mean of means would weigh a row with few targets like one with many. With bfloat16
-# weights most updates of fine-tuning would round to nothing, so AdamW works on the float32 shards.
+# steps: a mean of means would weigh a row with few targets like one with many. (layers.py computes
+# it, inside the model's forward pass.) With bfloat16 weights most updates of fine-tuning would
+# round to nothing, so AdamW works on the float32 shards.
 # Cost: 16 bytes a parameter (weights, gradients, two moments), divided by the number of ranks.
 
 
