@@ -6,14 +6,14 @@
 
 Read it from top to bottom. Each section opens with the problem it solves, the idea, and the cost;
 `main` is the whole story on one screen; what follows it stands in the order in which it is used.
-How weights are read (weights.py), rows ordered (rows.py), layers computed (layers.py), AdamW stepped
-in host memory (offload.py) and checkpoints written (checkpoints.py) are stories of their own.
+How weights are read (weights.py), rows ordered (rows.py), layers computed (layers.py), AdamW
+stepped in host memory (offload.py) and checkpoints written (checkpoints.py) are other stories.
 
 A *row* is one sequence of tokens; a *micro step* is a forward and backward pass of `--batch-size`
-rows on every rank; a *step* is micro steps of `--global-batch-size` rows, and one update. A *target*
-is a token whose prediction counts in the loss. "Checkpoint" alone is saved state; the recomputation
-of activations is "activation checkpointing". Shapes: B rows in a micro batch, T tokens in a row, G
-rows in a step over all ranks, N prepared rows.
+rows on every rank; a *step* is micro steps of `--global-batch-size` rows, and one update. A
+*target* is a token whose prediction counts in the loss. "Checkpoint" alone is saved state; the
+recomputation of activations is "activation checkpointing". Shapes: B rows in a micro batch, T
+tokens in a row, G rows in a step over all ranks, N prepared rows.
 """
 
 import argparse
