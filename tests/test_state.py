@@ -404,6 +404,7 @@ def test_a_stop_request_saves_and_leaves_with_status_0_at_one_step(way, straight
     assert not (straight[0] / name / "model").exists(), "only a finished run is exported"
 
 
+@pytest.mark.drill
 def test_a_run_killed_at_a_random_moment_ends_as_the_straight_one(straight):
     run = start(straight, "killed", ckpt_freq=2, async_checkpoint="on")
     wait_for_step(straight[0] / "killed", 5)
