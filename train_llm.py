@@ -103,8 +103,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model-name", required=True, help="folder or hub name of a Hugging Face causal LM")
     add("--random-init", action="store_true", help="start from the config alone, not its weights")
     add("--dataset-name", metavar="DATA", nargs="+", required=True, help="JSONL, JSON, Parquet or"
-        " text files, folders of them, or hub names; DATA=0.7 DATA=0.3: mixed in these shares of"
-        " rows; without shares, all as one")
+        " text files, folders of them, or hub names; DATA=0.7 DATA=0.3: mixed in this proportion of"
+        " rows; without weights, all as one")
     add("--seq-length", type=int, default=1024, help="tokens in a row")
     download.add_row_options(recipe)
     add("--seed", type=int, default=0, help="order of the rows and --random-init")
