@@ -1,5 +1,6 @@
 """What the tests share: tiny models and data made on the spot, ways to start the real script."""
 
+import contextlib
 import json
 import os
 import random
@@ -104,10 +105,17 @@ def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedPr
 def torchrun(
     ranks: int, script: str, *options, timeout: float = 300, **env
 ) -> subprocess.CompletedProcess:
-    """A script of the project under torchrun, on one node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """A script of the project under torchrun, on one node.
+
+    Jobs in one start use up to a hundred ports behind the first, too: so not one that the system
+    gives away (32768 and up), and each of several test workers draws from a range of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = random.SystemRandom().randrange(50) * 100 + 10_000 + 5_000 * worker
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            break
     return run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
          "--master-addr", "127.0.0.1", "--master-port", port, script, *options],
