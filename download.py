@@ -64,6 +64,10 @@ class InputError(ValueError):
     """What was found, what was needed and what to do, in one line."""
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 # --- 1. Options and the story -----------------------------------------------------------------
 # Three jobs: a model and rows, or the demo. An option that the job at hand would ignore is refused.
 # The options that shape rows are told once, here, for train_llm.py too.

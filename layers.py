@@ -40,10 +40,14 @@ def fastest_attention(config, *, document_mask: bool) -> str:
         return "flash_attention_3"
     if getattr(config, "attn_logit_softcapping", None):  # sdpa and varlen have no soft cap
         return "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "eager"
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     if not (on_gpu and document_mask) or width % 8 or width > 256:  # what flash attention takes
         return "sdpa"
     return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
+
+
+def head_width(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def varlen_attention(
@@ -190,7 +194,7 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_of, chunk, scale, training, labels, hidden, *weights):
         loss = torch.zeros((), device=hidden.device)
-        slopes = [torch.zeros_like(t) for t in (hidden, *weights)] if training else []
+        slopes = [torch.empty_like(hidden), *map(torch.zeros_like, weights)] if training else []
         for start in range(0, len(labels), chunk):
             label = labels[start : start + chunk, None]
             counts = scale * (label >= 0)  # (C, 1)
@@ -207,7 +211,8 @@ class TokenLoss(torch.autograd.Function):
                 )
                 slopes[0][start : start + chunk] = found[0]
                 for total, more in zip(slopes[1:], found[1:], strict=True):
-                    total if more is None else total.add_(more)
+                    if more is not None:
+                        total.add_(more)
             del logits, log_p
         ctx.slopes = slopes
         return loss
@@ -250,9 +255,8 @@ def flops_per_token(config, matmul_parameters: int, seq_length: int) -> float | 
     """
     if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
         return None
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 6 * matmul_parameters + 6 * config.num_hidden_layers * heads * head_dim * seq_length
+    attention = config.num_hidden_layers * config.num_attention_heads * head_width(config)
+    return 6 * matmul_parameters + 6 * attention * seq_length
 
 
 def utilisation(

@@ -55,7 +55,7 @@ import layers
 import offload
 import weights
 from checkpoints import clean, write_json
-from download import InputError
+from download import InputError, first_line
 from rows import Rows, find_rows, row_inputs
 
 log = logging.getLogger("train_llm")
@@ -597,10 +597,6 @@ def decoder_layer_classes(model: nn.Module) -> set[type]:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where there are matrix units for it; on CPU processes float32, which is faster."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 # --- 5. Data --------------------------------------------------------------------------------

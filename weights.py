@@ -35,8 +35,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from checkpoints import DTYPES as CODES
 from checkpoints import clean, own_slices
-from download import InputError, is_local
+from download import InputError, first_line, is_local
 
 if TYPE_CHECKING:
     from train_llm import Processes
@@ -49,8 +50,7 @@ log = logging.getLogger("train_llm")
 # that a file is whole: it must end where its last tensor ends. Whether its bytes are the right ones
 # only a checksum tells: `download.py --verify`.
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -260,9 +260,8 @@ def convert(model: nn.Module, model_name: str, why: str, stored: dict[str, Store
             model_name, dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # safetensors, pickle, json and transformers each raise theirs
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(
-            f"the weights of {model_name} cannot be read ({reason});"
+            f"the weights of {model_name} cannot be read ({first_line(error)});"
             " fetch them again, or start without them with --random-init"
         ) from error
     missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
@@ -276,9 +275,8 @@ def convert(model: nn.Module, model_name: str, why: str, stored: dict[str, Store
         raise InputError(f"the files of {model_name} hold two different tensors where its"
                          " config.json ties them into one; set tie_word_embeddings to false there")
     tensors = source.state_dict()
-    codes = {dtype: code for code, dtype in DTYPES.items()}
     matched = {
-        names[0]: Stored("", codes[tensors[names[0]].dtype], list(tensors[names[0]].shape), 0)
+        names[0]: Stored("", CODES[tensors[names[0]].dtype], list(tensors[names[0]].shape), 0)
         for names in names_of_tensors(model).values()
     }
     way = f"rank0, through from_pretrained, since {why}; rank 0 broadcasts"

@@ -575,7 +575,8 @@ def bystander(cluster):
 def test_a_secret_reaches_the_ranks_and_no_command_line_or_file(cluster, bystander):
     for name, host in cluster.hosts.items():
         folder = f"{cluster.project}/stand-in"
-        wait_for(lambda: host.sh(f"cat {folder}/outputs/bystander/secret-*") == "hf_s3cret", 30)  # noqa: B023
+        told = f"cat {folder}/outputs/bystander/secret-*"
+        wait_for(lambda host=host, told=told: host.sh(told) == "hf_s3cret", 30)
         assert host.sh(f"grep -rl hf_[s]3cret {folder}/logs /proc/[0-9]*/cmdline") == "", name
         assert len(bystander[name]) >= 4  # tmux, run.sh, torchrun, the rank
 
