@@ -204,11 +204,10 @@ class TokenLoss(torch.autograd.Function):
             log_p = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
             loss -= (log_p.gather(1, label.clamp(min=0)) * counts).sum()
             if training:
-                slope = log_p.exp_().mul_(counts)  # of softmax: p - 1 at the label, p elsewhere
-                slope.scatter_add_(1, label.clamp(min=0), -counts.to(slope))
-                found = torch.autograd.grad(
-                    logits, (part, *weights), slope.to(logits.dtype), allow_unused=True
-                )
+                slope = log_p.exp_()  # of softmax: p - 1 at the label, p elsewhere
+                slope.scatter_add_(1, label.clamp(min=0), torch.full_like(counts, -1.0))
+                slope = torch.mul(slope, counts, out=torch.empty_like(logits))
+                found = torch.autograd.grad(logits, (part, *weights), slope, allow_unused=True)
                 slopes[0][start : start + chunk] = found[0]
                 for total, more in zip(slopes[1:], found[1:], strict=True):
                     if more is not None:

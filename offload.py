@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms._comm_hooks import default_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 import checkpoints
@@ -43,16 +42,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ShardAdamW:
     """torch.optim.AdamW, fused, on the float32 shards of `model`; see the top for the methods."""
 
-    def __init__(self, model: FSDP, build_adamw: Callable[[Iterable], torch.optim.AdamW]):
+    def __init__(
+        self, model: FSDP, build_adamw: Callable[[Iterable], torch.optim.AdamW], *, add_up: bool
+    ):
+        """`add_up`: offloaded gradients of several micro steps, which FSDP would replace."""
         self.model, self.adamw = model, build_adamw(model.named_parameters())
         self.param_groups = self.adamw.param_groups
-        parameters = list(model.parameters())
-        self.found_inf = torch.zeros((), device=parameters[0].device)
-        self.sample, self.unchanged = Sample(parameters), None
+        self.parameters = list(model.parameters())
+        self.found_inf = torch.zeros((), device=self.parameters[0].device)
+        self.sample, self.unchanged = Sample(self.parameters), None
+        if add_up:
+            add_up_offloaded_gradients(model)
+        else:
+            model.register_comm_hook(model.process_group, sum_over_ranks)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Clip the gradients; their norm over all ranks before that, a scalar."""
-        return self.model.clip_grad_norm_(max_norm)
+        """The norm of all gradients over all ranks, a scalar on the device; the step will clip."""
+        own = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = whole_norm(own.to(self.model.compute_device))
+        scale = ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm < math.inf else None
+        self.adamw.grad_scale = scale if scale is None else scale.to(self.found_inf.device)
+        return norm
 
     def step(self) -> None:
         self.adamw.found_inf = self.found_inf
@@ -90,17 +100,34 @@ class ShardAdamW:
             moments["step"].fill_(step)
 
 
+def sum_over_ranks(
+    group: dist.ProcessGroup, gradient: torch.Tensor, shard: torch.Tensor | None = None
+) -> torch.Tensor:
+    """FSDP's communication hook: a unit's gradient, summed; `shard`, or with one rank all of it.
+
+    FSDP's own takes the mean, by one more pass over what it sums; the loss wants the sum.
+    """
+    if shard is None:
+        dist.all_reduce(gradient, group=group)
+        return gradient
+    newest = getattr(dist, "reduce_scatter_single", None)  # its name since torch 2.13
+    (newest or dist.reduce_scatter_tensor)(shard, gradient, group=group)
+    return shard
+
+
+def whole_norm(own: torch.Tensor) -> torch.Tensor:
+    """The norm of what all ranks hold, each `own` of a part."""
+    squares = own**2.0
+    dist.all_reduce(squares)
+    return squares**0.5
+
+
 def add_up_offloaded_gradients(model: FSDP) -> None:
     """Let the gradients of `model`, under CPUOffload, add up until they are zeroed in place."""
 
     @torch.no_grad()
-    def reduce(fsdp: FSDP, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> None:
-        reduction = default_hooks.DefaultState(fsdp.process_group)
-        if shard is None:
-            default_hooks.allreduce_hook(reduction, gradient)
-        else:
-            default_hooks.reduce_scatter_hook(reduction, gradient, shard)
-        kept = gradient if shard is None else shard
+    def reduce(fsdp: FSDP, *given: torch.Tensor) -> None:
+        kept = sum_over_ranks(fsdp.process_group, *given)
         # `_cpu_grad`: where FSDP puts the result next, on the same stream (torch 2.11, 2.13).
         before = fsdp._handle.flat_param._cpu_grad.to(kept.device, non_blocking=True)
         kept.data = kept.detach().float().add_(before)
@@ -134,7 +161,7 @@ class Unit:
     slab: torch.Tensor  # (4, n) float32 in host memory: weights, first and second moment, gradient
     parts: list[slice]  # where each parameter lies in n
     adamw: torch.optim.AdamW | None  # of those parts; None if this rank holds none
-    reduction: default_hooks.DefaultState
+    group: dist.ProcessGroup  # the ranks that gradients are summed over
     norms: list[torch.Tensor] = field(default_factory=list)  # of each part's gradient, on device
     landed: object = None  # device event: the gradient is in host memory
     ready: Future | None = None  # stepped; results in the device event after which weights are up
@@ -195,7 +222,7 @@ class HostAdamW:
             for name, master in named:
                 moments = {kind: self.slices[f"{kind}.{name}"].tensor for kind in MOMENTS}
                 adamw.state[master] = {"step": torch.zeros(()), **moments}
-            unit = Unit(shard, slab, parts, adamw, default_hooks.DefaultState(fsdp.process_group))
+            unit = Unit(shard, slab, parts, adamw, fsdp.process_group)
             self.units.append(unit)
             # register_comm_hook takes one state for all units; a hook that is to know its unit
             # needs a state for each: `_comm_hook_state` (torch 2.11, 2.13).
@@ -217,11 +244,7 @@ class HostAdamW:
             with self.api.stream(self.up):
                 self.up.wait_event(unit.landed)
                 before = unit.slab[3].to(self.device, non_blocking=True)
-        if shard is None:
-            default_hooks.allreduce_hook(unit.reduction, gradient)
-        else:
-            default_hooks.reduce_scatter_hook(unit.reduction, gradient, shard)
-        kept = gradient if shard is None else shard
+        kept = sum_over_ranks(unit.group, gradient, shard)
         total = kept.detach().float()
         # FSDP keeps what the hook leaves; it gets one zero that looks like a gradient of that size.
         kept.data = torch.zeros((), dtype=unit.weights.dtype, device=self.device).expand_as(kept)
@@ -241,9 +264,7 @@ class HostAdamW:
         """The norm of all gradients over all ranks, a scalar on the device; the step will clip."""
         norms = [norm for unit in self.units for norm in unit.norms]
         own = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros_like(self.norm)
-        squares = own**2.0
-        dist.all_reduce(squares)
-        self.norm, self.max_norm = squares**0.5, max_norm
+        self.norm, self.max_norm = whole_norm(own), max_norm
         return self.norm
 
     def step(self) -> None:

@@ -280,8 +280,7 @@ def main(argv: list[str] | None = None) -> None:
         set_lr(state.optimizer, args, state.step, steps)
         torch.manual_seed(seed_of(args.seed, state.step, processes.rank))  # for dropout
         step_rows = rows.of_step(state.step, args.global_batch_size, args.seed)
-        # FSDP takes the mean of gradients over ranks; world_size makes it the sum it should be.
-        scale = processes.world_size / rows.count_targets(step_rows)  # known before any backward
+        scale = 1 / rows.count_targets(step_rows)  # known before any backward pass
         loss = torch.zeros((), device=processes.device)
         for micro_rows in rows_of_rank(step_rows, args, processes):  # one micro step each
             with meter.timing("data"):
@@ -290,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
                 scaled_loss = state.model(*batch, scale)
             with meter.timing("backward"):
                 scaled_loss.backward()
-            loss += scaled_loss.detach() / processes.world_size
+            loss += scaled_loss.detach()
         with meter.timing("update"):
             loss = stop.sum_over_ranks(loss)
             grad_norm = state.optimizer.clip_grad_norm_(args.max_grad_norm or math.inf)
@@ -682,9 +681,8 @@ def build_optimizer(
 
     if args.cpu_offload == "optimizer":
         return offload.HostAdamW(model, adamw, compute_dtype(processes.device))
-    if args.cpu_offload == "on" and args.global_batch_size > args.batch_size * processes.world_size:
-        offload.add_up_offloaded_gradients(model)
-    return offload.ShardAdamW(model, adamw)
+    accumulates = args.global_batch_size > args.batch_size * processes.world_size
+    return offload.ShardAdamW(model, adamw, add_up=args.cpu_offload == "on" and accumulates)
 
 
 def set_lr(optimizer, args: argparse.Namespace, step: int, steps: int) -> None:

@@ -103,7 +103,7 @@ def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedPr
 
 
 def torchrun(
-    ranks: int, script: str, *options, timeout: float = 300, **env
+    ranks: int, script: str, *options, timeout: float = 300, restarts: int = 0, **env
 ) -> subprocess.CompletedProcess:
     """A script of the project under torchrun, on one node.
 
@@ -118,7 +118,8 @@ def torchrun(
             break
     return run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
-         "--master-addr", "127.0.0.1", "--master-port", port, script, *options],
+         "--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", restarts,
+         script, *options],
         timeout=timeout, **env,
     )
 

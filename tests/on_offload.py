@@ -57,7 +57,7 @@ def plain_step(model, batches, masters, slices, adamw, *, norm, clip) -> None:
     for batch in batches:
         loss = model(*batch, None, None, 1.0)
         for name, gradient in zip(named, torch.autograd.grad(loss, named.values()), strict=True):
-            summed = gradient.float() / dist.get_world_size()
+            summed = gradient.float()
             dist.all_reduce(summed)
             total[name] += summed
     assert abs(torch.stack([t.norm() for t in total.values()]).norm() / norm - 1) < 1e-5

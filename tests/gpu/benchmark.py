@@ -1,6 +1,7 @@
 """What every fit-and-speed option costs, and how fast large models train, on this node's GPUs.
 
-    python tests/gpu/benchmark.py [attention options 8b 405b] [--only REGEX]
+    python tests/gpu/benchmark.py [attention options 8b 8b-more 405b] [--only REGEX]
+    python tests/gpu/benchmark.py float8 --model DIR --text FILE
 
 Everything runs through the script itself, with random weights and real text:
 
@@ -8,8 +9,10 @@ Everything runs through the script itself, with random weights and real text:
     options   8 layers as wide as Llama 3.1 8B's, 4,096 tokens; each case differs from the first in
               the option named; the first is run again at the end: the difference is the noise
     8b        Llama 3.1 8B at full depth, 8,192 tokens, bfloat16 and float8, by recomputation
+    8b-more   the same, `selective`, each with one option more; all in one start
     405b      two and three layers as wide as 405B's: their difference is the cost of one layer,
               held against the same layer on one GPU without any sharding, timed in the same run
+    float8    300 steps of a real model on real text in bfloat16, twice, and in float8: the curves
 
 A figure is the median of five pairs of steps after the first four steps. Tables go to standard
 output as Markdown and into benchmark.json. --only is searched for in "table: case".
@@ -19,6 +22,7 @@ import argparse
 import contextlib
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -74,6 +78,15 @@ EIGHT_B = {
     }.items() for mode in modes
 }
 
+EIGHT_B_MORE = {
+    f"{'bfloat16' if float8 == 'off' else 'float8'}{name and ', '}{name}":
+        dict(compile=True, float8=float8, checkpoint_activations="selective") | option
+    for name, option in {
+        "": {}, "`--reduce-dtype bfloat16`": dict(reduce_dtype="bfloat16"),
+        "`--batch-size 2`": dict(batch_size=2), "profiled": dict(profile=8),
+    }.items() for float8 in ("off", "tensorwise")
+}
+
 
 def build_slice(folder: Path, width: str, layers: int, vocabulary: int) -> Path:
     """A model folder of this width and depth, and no weights."""
@@ -104,10 +117,10 @@ def failure(error: Exception) -> str:
 class Bench:
     """Runs cases through the script and keeps their medians."""
 
-    def __init__(self, folder: Path, gpus: int, only: str):
-        self.only = only
+    def __init__(self, folder: Path, gpus: int, only: str, out: Path):
+        self.only, self.out = only, out
         self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 16)
-        self.versions, self.tables, self.runs = {}, {}, 0
+        self.versions, self.tables, self.runs, self.layer_seconds = {}, {}, 0, {}
 
     def run(self, table: str, cases: dict, *, width: str, layers: int, seq_length: int,
             vocabulary: int = 128256, together: bool = True, gpus: int | None = None) -> None:
@@ -121,7 +134,7 @@ class Bench:
         for name, options in cases.items():
             self.runs += 1
             options = dict(options)
-            rows = gpus * options.pop("micro_steps", 1)
+            rows = gpus * options.pop("micro_steps", 1) * options.get("batch_size", 1)
             jobs[name] = {"do": "train", "argv": options_of(**dict(
                 experiment_name=f"run-{self.runs}", save_dir=self.folder / "out",
                 rows_dir=self.folder / "rows", model_name=model, dataset_name=self.data,
@@ -141,6 +154,8 @@ class Bench:
         rows = self.tables.setdefault(table, {})
         for name, job in jobs.items():
             folder = self.folder / "out" / job["argv"][1]
+            for trace in folder.glob("profile/trace-0.json.gz"):
+                shutil.copy(trace, self.out / f"{folder.name}-{trace.name}")
             if (folder / "metrics.jsonl").exists():
                 self.versions = json.loads((folder / "versions.json").read_text())
                 steps = read_metrics(folder)[WARMUP_ROWS:]
@@ -150,6 +165,15 @@ class Bench:
                         "update_seconds", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib",
                         "peak_reserved_gib")} | {"loss": steps[-1]["loss"]}
         self.show(table)
+
+    def time_layer(self, seq_length: int, **kind) -> float:
+        """Seconds of the layer without sharding; measured once."""
+        name = f"{seq_length} {kind}"
+        if name not in self.layer_seconds:
+            self.layer_seconds[name] = time_layer(seq_length=seq_length, **kind)
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+        return self.layer_seconds[name]
 
     def show(self, table: str) -> None:
         print(f"\n{table}\n\n| case | ms a step | data | forward | backward | update |"
@@ -163,7 +187,7 @@ class Bench:
         print(flush=True)
 
 
-def time_layer(*, seq_length: int, compiled: bool, float8: str = "off") -> float:
+def time_layer(*, seq_length: int, compile: bool = False, float8: str = "off") -> float:
     """Seconds of one 405B-wide decoder layer, forward, recomputation and backward, on one GPU."""
     config = transformers.LlamaConfig(**WIDTHS["405b"], num_key_value_heads=8, num_hidden_layers=1)
     config._attn_implementation = "varlen"
@@ -176,7 +200,7 @@ def time_layer(*, seq_length: int, compiled: bool, float8: str = "off") -> float
             layer.get_output_embeddings = lambda: None
             layers.in_float8(layer, float8)
         layer = checkpoint_wrapper(layer)
-        if compiled:
+        if compile:
             layer.compile()
         hidden = torch.randn(1, seq_length, config.hidden_size, dtype=torch.bfloat16)
         positions = torch.arange(seq_length)[None]
@@ -191,33 +215,91 @@ def time_layer(*, seq_length: int, compiled: bool, float8: str = "off") -> float
     return median_seconds(pass_through)
 
 
-def bench_405b(bench: Bench) -> None:
-    kinds = {"bfloat16": {}, "bfloat16 compiled": dict(compile=True),
-             "float8 tensorwise": dict(compile=True, float8="tensorwise"),
-             "float8 rowwise": dict(compile=True, float8="rowwise")}
+KINDS_405B = {
+    "bfloat16": {}, "bfloat16 compiled": dict(compile=True),
+    "float8 tensorwise": dict(compile=True, float8="tensorwise"),
+    "float8 rowwise": dict(compile=True, float8="rowwise"),
+}
+
+
+def bench_405b(bench: Bench, *, gpus: int | None = None, depths: tuple[int, int] = (2, 3)) -> None:
+    """Tables of slices of both depths, and of what one more layer costs, for two lengths of row."""
+    gpus = gpus or bench.gpus
     for seq_length in (4096, 8192):
-        for depth in (2, 3):
-            bench.run(f"405B-wide, {depth} layers, {seq_length} tokens", kinds, width="405b",
-                      layers=depth, seq_length=seq_length, vocabulary=8192)
-        two, three = (bench.tables[f"405B-wide, {depth} layers, {seq_length} tokens"]
-                      for depth in (2, 3))
-        table = bench.tables[f"one 405B layer, {seq_length} tokens"] = {}
-        print(f"| one 405B layer, {seq_length} tokens | ms | forward and backward | update |"
+        about = f"{seq_length:,} tokens, {gpus} GPUs"
+        names = [f"405B-wide, {depth} layers, {about}" for depth in depths]
+        for depth, name in zip(depths, names, strict=True):
+            bench.run(name, KINDS_405B, width="405b", layers=depth, seq_length=seq_length,
+                      vocabulary=8192, gpus=gpus)
+        shallow, deep = (bench.tables[name] for name in names)
+        table = bench.tables[f"one 405B layer, {about}"] = {}
+        print(f"| one 405B layer, {about} | ms | forward and backward | update |"
               " unsharded ms | ratio |\n|" + "---|" * 6)
-        for kind, options in kinds.items():
-            if kind not in two or kind not in three:
-                continue
-            alone = time_layer(seq_length=seq_length, compiled="compile" in options,
-                               float8=options.get("float8", "off"))
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
-            cost = {key: three[kind][f"{key}_seconds"] - two[kind][f"{key}_seconds"]
+        for kind in (kind for kind in KINDS_405B if kind in shallow and kind in deep):
+            alone = bench.time_layer(seq_length, **KINDS_405B[kind])
+            more = depths[1] - depths[0]
+            cost = {key: (deep[kind][f"{key}_seconds"] - shallow[kind][f"{key}_seconds"]) / more
                     for key in ("step", "forward", "backward", "update")}
             both = cost["forward"] + cost["backward"]
             table[kind] = cost | {"unsharded": alone, "ratio": both / alone}
             print(f"| {kind} | {cost['step'] * 1e3:.1f} | {both * 1e3:.1f} |"
                   f" {cost['update'] * 1e3:.1f} | {alone * 1e3:.1f} | {both / alone:.3f} |",
                   flush=True)
+
+
+FLOAT8 = {
+    "bfloat16": {}, "bfloat16, again": {}, "float8 tensorwise": dict(float8="tensorwise"),
+    "float8 rowwise": dict(float8="rowwise"),
+}
+
+
+def bench_float8(bench: Bench, model: Path, text: Path) -> None:
+    """Losses of every step, and of held-out text at the end; a plot of them in float8.svg."""
+    jobs = [{"do": "train", "argv": options_of(**dict(
+        experiment_name=name.replace(" ", "-"), save_dir=bench.folder,
+        rows_dir=bench.folder / "rows", model_name=model, dataset_name=text, seq_length=1024,
+        batch_size=8, global_batch_size=8 * bench.gpus, num_epochs=99, max_steps=300, lr=1e-4,
+        val_fraction=0.05, log_freq=1, ckpt_freq=0, export_dtype="none", compile=True) | options)}
+        for name, options in FLOAT8.items()]
+    on_ranks(bench.gpus, jobs, bench.folder, timeout=500)
+    curves = {}
+    for name in FLOAT8:
+        rows = read_metrics(bench.folder / name.replace(" ", "-"))
+        curves[name] = [row["loss"] for row in rows]
+        bench.tables.setdefault("float8", {})[name] = {
+            "losses": curves[name], "val_loss": rows[-1]["val_loss"],
+            "largest difference": max(map(abs, differences(curves, name))),
+            "mean difference": statistics.mean(differences(curves, name))}
+    print("| case | loss, first step | mean of the last 50 | held out | mean difference | largest |"
+          "\n|" + "---|" * 6)
+    for name, row in bench.tables["float8"].items():
+        print(f"| {name} | {row['losses'][0]:.4f} | {statistics.mean(row['losses'][-50:]):.4f} |"
+              f" {row['val_loss']:.4f} | {row['mean difference']:+.5f} |"
+              f" {row['largest difference']:.4f} |", flush=True)
+    plot(curves, bench.out / "float8.svg")
+
+
+def differences(curves: dict[str, list[float]], name: str) -> list[float]:
+    return [a - b for a, b in zip(curves[name], curves["bfloat16"], strict=True)]
+
+
+def plot(curves: dict[str, list[float]], file: Path) -> None:
+    """The losses above, their difference to the first curve's below."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.fonttype"] = "none"
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 5), layout="constrained")
+    for name, losses in curves.items():
+        above.plot(range(1, len(losses) + 1), losses, label=name, linewidth=0.8)
+        if name != "bfloat16":
+            below.plot(range(1, len(losses) + 1), differences(curves, name), label=name,
+                       linewidth=0.8)
+    above.set_ylabel("loss")
+    above.legend()
+    below.set_ylabel("difference to bfloat16")
+    below.set_xlabel("step")
+    below.legend()
+    figure.savefig(file)
 
 
 def time_attention(heads: int, length: int, documents: int) -> dict:
@@ -274,10 +356,12 @@ def main() -> None:
     parser.add_argument("suites", nargs="*", default=["attention", "options", "8b", "405b"])
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="ranks")
     parser.add_argument("--only", default="", metavar="REGEX", help="leave out other cases")
+    parser.add_argument("--model", type=Path, help="with weights, for float8")
+    parser.add_argument("--text", type=Path, help="a text to train on, for float8")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of benchmark.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(Path(temporary), args.gpus, args.only)
+        bench = Bench(Path(temporary), args.gpus, args.only, args.out)
         for suite in args.suites:
             if suite == "attention":
                 for shape in ((32, 8192, 1), (32, 8192, 8), (128, 4096, 1), (128, 4096, 8)):
@@ -290,6 +374,11 @@ def main() -> None:
             elif suite == "8b":
                 bench.run("8B, 8,192 tokens", EIGHT_B, width="8b", layers=FULL["8b"],
                           seq_length=8192, together=False)
+            elif suite == "8b-more":
+                bench.run("8B, 8,192 tokens, one option more", EIGHT_B_MORE, width="8b",
+                          layers=FULL["8b"], seq_length=8192)
+            elif suite == "float8":
+                bench_float8(bench, args.model, args.text)
             elif suite == "405b":
                 bench_405b(bench)
             else:
