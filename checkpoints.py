@@ -38,9 +38,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import AutoTokenizer, GenerationConfig
 
 from download import InputError
+from processes import Processes
 
 if TYPE_CHECKING:
-    from train_llm import Heart, Processes, TrainState
+    from train_llm import Heart, TrainState
 
 log = logging.getLogger("train_llm")
 
@@ -120,7 +121,7 @@ def own_buffers(model: FSDP) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in named.items() if name in model.tensor_names}
 
 
-def slices_and_buffers(state: "TrainState", processes: "Processes") -> dict[str, Slice]:
+def slices_and_buffers(state: "TrainState", processes: Processes) -> dict[str, Slice]:
     """What this rank saves and loads: its slices; on rank 0 the buffers, too."""
     found = state.slices()
     for name, buffer in own_buffers(state.model).items() if processes.rank == 0 else ():
@@ -246,7 +247,7 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, args: Namespace, processes: "Processes", state: "TrainState"
+        self, folder: Path, args: Namespace, processes: Processes, state: "TrainState"
     ):
         self.folder, self.args, self.processes = folder / "checkpoints", args, processes
         self.saved_step, self.in_flight = state.step, None
@@ -470,7 +471,7 @@ def on_rank_0(work: Callable):
     return holder[0]
 
 
-def load_newest(found: list[Path], state: "TrainState", processes: "Processes") -> None:
+def load_newest(found: list[Path], state: "TrainState", processes: Processes) -> None:
     """Fill `state` from the first sound one of `found`. Raises InputError if there is none."""
     for checkpoint in found:
         try:
@@ -584,7 +585,7 @@ def parse_export_args(parser: ArgumentParser, argv: list[str]) -> Namespace:
 
 
 def export_model(
-    state: "TrainState", args: Namespace, folder: Path, processes: "Processes"
+    state: "TrainState", args: Namespace, folder: Path, processes: Processes
 ) -> None:
     """Write the weights of all ranks into `model` of the run's folder; a collective."""
     slices = {name.removeprefix("model."): part for name, part in

@@ -11,15 +11,12 @@ from argparse import Namespace
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 import download
-
-if TYPE_CHECKING:
-    from train_llm import Processes
+from processes import Processes
 
 # --- 1. Rows of one or more data sets ---------------------------------------------------------
 # Rows lie in memory-mapped files, so a batch is a read from the page cache; there are no loader
@@ -66,7 +63,7 @@ class Rows:
         """Tokens that count in the loss of these rows (1 if there are none: their loss is 0)."""
         return max(1, int(self.targets[indices].sum(dtype=np.int64)))
 
-    def batch(self, indices: np.ndarray, processes: "Processes") -> tuple[torch.Tensor | None, ...]:
+    def batch(self, indices: np.ndarray, processes: Processes) -> tuple[torch.Tensor | None, ...]:
         """input_ids, labels, position_ids, each (B, T) int64, and documents, int32, on the device.
 
         labels[b, t] is the token to predict after input_ids[b, t], or -100 if it is no target.

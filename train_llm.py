@@ -33,8 +33,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -56,6 +56,7 @@ import offload
 import weights
 from checkpoints import clean, write_json
 from download import InputError, first_line
+from processes import Processes, join_processes, planned_processes, while_others_wait
 from rows import Rows, find_rows, row_inputs
 
 log = logging.getLogger("train_llm")
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     dist.destroy_process_group()  # leaving without it aborts at exit
 
 
-def check_node(args: argparse.Namespace, model: nn.Module, processes: "Processes") -> None:
+def check_node(args: argparse.Namespace, model: nn.Module, processes: Processes) -> None:
     """Print what would run. Raises InputError if this node lacks weights that it is to read, or
     room for checkpoints."""
     folder = args.save_dir / args.experiment_name
@@ -328,7 +329,7 @@ def check_node(args: argparse.Namespace, model: nn.Module, processes: "Processes
 
 
 def describe(
-    args: argparse.Namespace, model: nn.Module, rows: "Rows | None", processes: "Processes"
+    args: argparse.Namespace, model: nn.Module, rows: "Rows | None", processes: Processes
 ) -> str:
     """What will run, in words: nothing about precision, kernel or size is left to be assumed."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -361,77 +362,16 @@ def describe(
   output     {args.save_dir / args.experiment_name}"""
 
 
-# --- 3. Processes ---------------------------------------------------------------------------
-# Slow work by one process (reading a data set, opening weights) makes the others wait, and a NCCL
-# collective gives up after ten minutes. So they wait on the key-value store that torchrun brings,
-# which is patient, and through which a failure travels too. Without torchrun there is one process.
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Who this process is. `device` is what it computes on, `store` where it waits for others."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    node: int
-    device: torch.device
-    store: dist.Store | None = None
-
-
-def planned_processes() -> Processes:
-    """As torchrun's environment says; without it, one lone process."""
-    rank, local_rank, world_size, node = (
-        int(os.environ.get(name, default)) for name, default in
-        {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "GROUP_RANK": 0}.items()
-    )
-    if not torch.cuda.is_available():
-        return Processes(rank, local_rank, world_size, node, torch.device("cpu"))
-    if local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()};"
-            " start no more processes than GPUs (--nproc-per-node)"
-        )
-    return Processes(rank, local_rank, world_size, node, torch.device("cuda", local_rank))
-
-
-def join_processes() -> Processes:
-    """Join the process group: collectives of CPU tensors go over gloo, of GPU tensors over NCCL."""
-    planned = planned_processes()
-    store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
-    if planned.device.type == "cuda":
-        torch.cuda.set_device(planned.device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if planned.device.type == "cuda" else "gloo",
-        store=store, rank=planned.rank, world_size=planned.world_size,
-    )
-    return replace(planned, store=dist.PrefixStore("train_llm", store))
-
-
-def while_others_wait(work: Callable, key: str, *, alone: bool, store: dist.Store) -> None:
-    """Run `work` where `alone` is true; elsewhere wait for it, for days if need be.
-
-    An InputError in `work` is raised there alone; the waiting processes leave without a word.
-    """
-    if alone:
-        try:
-            work()
-        except InputError:
-            store.set(key, "failed")
-            raise
-        store.set(key, "done")
-    else:
-        store.wait([key], timedelta(days=30))
-        if store.get(key) != b"done":
-            time.sleep(10)  # long enough for the one that failed to speak and be seen to fail
-            sys.exit(1)
+# --- 3. Stopping ----------------------------------------------------------------------------
+# A rank that leaves by itself leaves the others waiting in a collective. So a wish to stop is
+# shared first, without any rank waiting for another or for the GPU, and all leave after one step.
 
 
 class StopRequest:
     """SIGTERM or SIGINT to any rank, or a file `stop-requested` in the run's folder.
 
-    All ranks must leave after the same step. So each adds its wish to the sum of the losses, which
-    is taken anyway, and reads that sum a step later, when it has long arrived: no host waits.
+    Each rank adds its wish to the sum of the losses, which is taken anyway, and reads that sum a
+    step later, when it has long arrived.
     """
 
     def __init__(self, folder: Path):

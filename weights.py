@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,9 +38,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from checkpoints import DTYPES as CODES
 from checkpoints import clean, own_slices
 from download import InputError, first_line, is_local
-
-if TYPE_CHECKING:
-    from train_llm import Processes
+from processes import Processes
 
 log = logging.getLogger("train_llm")
 
@@ -96,7 +94,7 @@ def find_folder(model_name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def look(model_name: str, processes: "Processes") -> dict:
+def look(model_name: str, processes: Processes) -> dict:
     """What this rank has to tell rank 0: its node and, as the first there, which files it sees.
 
     `promised`: {tensor: file} by the index. `files`: {file: {tensor: Stored}}. `error`: a file that
@@ -408,7 +406,7 @@ def own_tensors(held: list[nn.Module], names: dict[int, str]) -> dict[str, torch
 
 
 def plan_unit(
-    own: dict[str, torch.Tensor], plan: Plan, turns: Iterator[int], processes: "Processes"
+    own: dict[str, torch.Tensor], plan: Plan, turns: Iterator[int], processes: Processes
 ) -> Iterator[Piece]:
     """The pieces of a unit that this rank reads or is sent, in an order that all ranks share."""
     rank, ranks = processes.rank, processes.world_size
@@ -460,7 +458,7 @@ class Filler:
     """
 
     def __init__(self, model: nn.Module, plan: Plan | None, unit_classes: set[type],
-                 args: Namespace, processes: "Processes"):
+                 args: Namespace, processes: Processes):
         self.model, self.plan, self.processes = model, plan or Plan("from a checkpoint"), processes
         self.seed, self.resuming, self.started = args.seed, plan is None, time.perf_counter()
         # FSDP broadcasts whole units in float32, which only tensors on GPUs may ask of it.

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     ROOT,
     build_tiny_model,
@@ -26,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoints
+import processes
 import train_llm
+from processes import fresh_store
 
 RECIPE = dict(seq_length=32, global_batch_size=12, batch_size=2, max_steps=15, num_epochs=2,
               lr=3e-3, warmup_steps=3, log_freq=1, checkpoint_activations="on", ckpt_freq=3)
@@ -354,11 +359,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(straight, tm
         in_process(straight, folder.name, model_name=other)
 
 
-def start(straight, name: str, **changes) -> subprocess.Popen:
+def start(straight, name: str, *, restarts: int = 0, **changes) -> subprocess.Popen:
     """The real script on two ranks under torchrun, in a process group of its own."""
     log = (straight[0] / f"{name}.log").open("ab")
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts", str(restarts),
          "train_llm.py", *options_of(experiment_name=name, **straight[1] | changes)],
         cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -402,6 +408,40 @@ def test_a_stop_request_saves_and_leaves_with_status_0_at_one_step(way, straight
     assert checkpoint.name == f"step-{beats[0]['step']:08}" and (checkpoint / ".metadata").exists()
     assert read_metrics(straight[0] / name)[-1]["step"] == beats[0]["step"]
     assert not (straight[0] / name / "model").exists(), "only a finished run is exported"
+
+
+def test_a_killed_rank_comes_back_with_the_others_in_the_same_torchrun(straight):
+    run, folder = start(straight, "again", restarts=1, ckpt_freq=4), straight[0] / "again"
+    os.kill(wait_for_step(folder, 9)["pid"], signal.SIGKILL)
+    assert run.wait(120) == 0, (straight[0] / "again.log").read_text()[-2000:]
+    assert values(folder) == values(straight[0] / "straight")
+    assert weights(folder) == weights(straight[0] / "straight")
+
+
+def test_ranks_that_start_again_read_nothing_of_the_start_before():
+    def join(rank: int, start: int) -> str:
+        shared = dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+        store = fresh_store(shared, rank, 3)
+        if rank == 0:
+            assert not store.check(["start"])
+            store.set("start", str(start))
+        store.wait(["start"], timedelta(seconds=10))
+        return store.get("start").decode()
+
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for start, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
+        with ThreadPoolExecutor(3) as pool:
+            jobs = []
+            for rank in order:
+                jobs.append(pool.submit(join, rank, start))
+                time.sleep(0.05)
+            assert [job.result() for job in jobs] == 3 * [str(start)]
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "JOIN_SECONDS", 0.1)
+    with pytest.raises(train_llm.InputError, match=r"ranks \[1, 2\] did not join"):
+        fresh_store(dist.HashStore(), 0, 3)
 
 
 @pytest.mark.drill
