@@ -83,7 +83,7 @@ EIGHT_B_MORE = {
         dict(compile=True, float8=float8, checkpoint_activations="selective") | option
     for name, option in {
         "": {}, "`--reduce-dtype bfloat16`": dict(reduce_dtype="bfloat16"),
-        "`--batch-size 2`": dict(batch_size=2), "profiled": dict(profile=8),
+        "profiled": dict(profile=8), "`--batch-size 2`": dict(batch_size=2),
     }.items() for float8 in ("off", "tensorwise")
 }
 
