@@ -31,6 +31,7 @@ from download import InputError
 log = logging.getLogger("train_llm")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PIECE = 2**28  # elements of a gradient converted at a time: 1 GB in float32
 
 # --- 1. AdamW where FSDP keeps the shards -------------------------------------------------------
 # On the GPU, or with --cpu-offload on in host memory: FSDP's own CPUOffload, for when not even
@@ -54,7 +55,7 @@ class ShardAdamW:
         if add_up:
             add_up_offloaded_gradients(model)
         else:
-            model.register_comm_hook(model.process_group, sum_over_ranks)
+            model.register_comm_hook(model, keep_sum)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """The norm of all gradients over all ranks, a scalar on the device; the step will clip."""
@@ -101,18 +102,35 @@ class ShardAdamW:
 
 
 def sum_over_ranks(
-    group: dist.ProcessGroup, gradient: torch.Tensor, shard: torch.Tensor | None = None
+    model: FSDP, gradient: torch.Tensor, shard: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """FSDP's communication hook: a unit's gradient, summed; `shard`, or with one rank all of it.
+    """A unit's `gradient`, summed in model.reduce_dtype; this rank's part, with one rank all of it.
 
-    FSDP's own takes the mean, by one more pass over what it sums; the loss wants the sum.
+    FSDP itself would first convert the whole gradient (12.8 GB for a layer of 405B in float32), and
+    divide it for a mean; here PIECE elements at a time are converted, and nothing is divided.
     """
-    if shard is None:
-        dist.all_reduce(gradient, group=group)
+    if shard is None:  # one rank: FSDP has converted it where it lies
+        dist.all_reduce(gradient, group=model.process_group)
         return gradient
-    newest = getattr(dist, "reduce_scatter_single", None)  # its name since torch 2.13
-    (newest or dist.reduce_scatter_tensor)(shard, gradient, group=group)
-    return shard
+    # The name is that of torch 2.13, and of 2.11.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    if gradient.dtype == model.reduce_dtype:
+        reduce_scatter(shard, gradient, group=model.process_group)
+        return shard
+    total = torch.empty_like(shard, dtype=model.reduce_dtype)
+    parts = gradient.view(-1, len(shard))  # (ranks, elements of each)
+    for mine, all_of_it in zip(
+        total.split(PIECE // len(parts)), parts.split(PIECE // len(parts), dim=1), strict=True
+    ):
+        piece = all_of_it.to(total.dtype).contiguous()
+        reduce_scatter(mine, piece.flatten(), group=model.process_group)
+    return total
+
+
+@torch.no_grad()
+def keep_sum(model: FSDP, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> None:
+    """FSDP's communication hook."""
+    (gradient if shard is None else shard).data = sum_over_ranks(model, gradient, shard)
 
 
 def whole_norm(own: torch.Tensor) -> torch.Tensor:
@@ -127,10 +145,10 @@ def add_up_offloaded_gradients(model: FSDP) -> None:
 
     @torch.no_grad()
     def reduce(fsdp: FSDP, *given: torch.Tensor) -> None:
-        kept = sum_over_ranks(fsdp.process_group, *given)
+        total = sum_over_ranks(model, *given)
         # `_cpu_grad`: where FSDP puts the result next, on the same stream (torch 2.11, 2.13).
-        before = fsdp._handle.flat_param._cpu_grad.to(kept.device, non_blocking=True)
-        kept.data = kept.detach().float().add_(before)
+        before = fsdp._handle.flat_param._cpu_grad.to(total.device, non_blocking=True)
+        given[-1].data = total.detach().float().add_(before)
 
     model.register_comm_hook(None, reduce)
     for fsdp in FSDP.fsdp_modules(model):
@@ -161,7 +179,6 @@ class Unit:
     slab: torch.Tensor  # (4, n) float32 in host memory: weights, first and second moment, gradient
     parts: list[slice]  # where each parameter lies in n
     adamw: torch.optim.AdamW | None  # of those parts; None if this rank holds none
-    group: dist.ProcessGroup  # the ranks that gradients are summed over
     norms: list[torch.Tensor] = field(default_factory=list)  # of each part's gradient, on device
     landed: object = None  # device event: the gradient is in host memory
     ready: Future | None = None  # stepped; results in the device event after which weights are up
@@ -222,7 +239,7 @@ class HostAdamW:
             for name, master in named:
                 moments = {kind: self.slices[f"{kind}.{name}"].tensor for kind in MOMENTS}
                 adamw.state[master] = {"step": torch.zeros(()), **moments}
-            unit = Unit(shard, slab, parts, adamw, fsdp.process_group)
+            unit = Unit(shard, slab, parts, adamw)
             self.units.append(unit)
             # register_comm_hook takes one state for all units; a hook that is to know its unit
             # needs a state for each: `_comm_hook_state` (torch 2.11, 2.13).
@@ -244,9 +261,9 @@ class HostAdamW:
             with self.api.stream(self.up):
                 self.up.wait_event(unit.landed)
                 before = unit.slab[3].to(self.device, non_blocking=True)
-        kept = sum_over_ranks(unit.group, gradient, shard)
-        total = kept.detach().float()
+        total = sum_over_ranks(self.model, gradient, shard).detach().float()
         # FSDP keeps what the hook leaves; it gets one zero that looks like a gradient of that size.
+        kept = gradient if shard is None else shard
         kept.data = torch.zeros((), dtype=unit.weights.dtype, device=self.device).expand_as(kept)
         if unit.norms:
             reductions.wait_stream(self.up)

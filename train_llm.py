@@ -483,22 +483,23 @@ def shard(
     """`model` with its weights, sharded over all ranks; by no plan the weights are zero.
 
     Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
-    unsharded, by name), `matmul_parameters`.
+    unsharded, by name), `matmul_parameters`, `reduce_dtype`.
     """
     facts = {
         "tensor_names": set(model.state_dict()),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         "matmul_parameters": layers.matmul_parameters(model),
+        "reduce_dtype": getattr(torch, args.reduce_dtype),
     }
     layer_classes = decoder_layer_classes(model)
     # A tied embedding is the output layer's weight too, which the root unit needs to the end.
     apart = {nn.Embedding} if args.wrap_embedding and not layers.tied_embeddings(model) else set()
-    mixed_precision = MixedPrecision(
-        param_dtype=compute_dtype(processes.device), reduce_dtype=getattr(torch, args.reduce_dtype)
-    )
-    on_gpu = processes.device.type == "cuda"
-    if processes.world_size == 1:  # FSDP then keeps whole parameters, and would say so every unit
-        warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
+    on_gpu, dtype = processes.device.type == "cuda", compute_dtype(processes.device)
+    # Gradients are converted for their sum in offload.py; with one rank there is none, and FSDP
+    # converts. It then keeps whole parameters, too, and would say so every unit.
+    reduce_dtype = dtype if processes.world_size > 1 else facts["reduce_dtype"]
+    mixed_precision = MixedPrecision(param_dtype=dtype, reduce_dtype=reduce_dtype)
+    warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
     filler = weights.Filler(model, plan, layer_classes | apart, args, processes)
     sharded = FSDP(
         model,
@@ -518,6 +519,8 @@ def shard(
     # After FSDP: inside out, saved optimizer state would no longer find its parameters.
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     filler.finish(sharded)
+    if on_gpu:  # what whole units in float32 took while they were loaded
+        torch.cuda.empty_cache()
     for name, fact in facts.items():
         setattr(sharded, name, fact)
     return sharded

@@ -71,7 +71,8 @@ def plain_step(model, batches, masters, slices, adamw, *, norm, clip) -> None:
 def compare(argv: list[str], out: str, dtype: str) -> None:
     dtype = getattr(torch, dtype)
     train_llm.compute_dtype = lambda device: dtype
-    mixed = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32)  # as it is on a GPU
+    mixed = MixedPrecision(param_dtype=dtype, reduce_dtype=dtype)  # as it is on GPUs
+    offload.PIECE = 1000  # several to a unit
     train_llm.FSDP = lambda *given, **named: FSDP(*given, **named | {"mixed_precision": mixed})
     args = train_llm.parse_args(argv)
     processes = train_llm.join_processes()

@@ -245,11 +245,11 @@ class Bench:
             try:
                 process.wait(max(20, self.left()))
             except subprocess.TimeoutExpired:
-                print(f"  out of time; killed after {max(20, self.left()):.0f} s")
-                os.killpg(process.pid, signal.SIGTERM)
-                time.sleep(5)
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                print("  out of time", flush=True)
+            finally:  # whatever ends this script ends the processes, too
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         ranks = [json.loads(path.read_text()) if (path := file.with_suffix(f".{r}")).exists()
                  else {} for r in range(GPUS)]
         found = {job["name"]: [rank.get(job["name"], {"error": "no result"}) for rank in ranks]
@@ -432,6 +432,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args.out = args.out.resolve()
     args.steps = args.steps or (8 if args.quick else 40 if args.small else 200)
     bench = Bench(args)
