@@ -38,7 +38,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import AutoTokenizer, GenerationConfig
 
 from download import InputError
-from processes import Processes
+from ranks import Processes
 
 if TYPE_CHECKING:
     from train_llm import Heart, TrainState

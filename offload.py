@@ -31,7 +31,6 @@ from download import InputError
 log = logging.getLogger("train_llm")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PIECE = 2**28  # elements of a gradient converted at a time: 1 GB in float32
 
 # --- 1. AdamW where FSDP keeps the shards -------------------------------------------------------
 # On the GPU, or with --cpu-offload on in host memory: FSDP's own CPUOffload, for when not even
@@ -55,7 +54,7 @@ class ShardAdamW:
         if add_up:
             add_up_offloaded_gradients(model)
         else:
-            model.register_comm_hook(model, keep_sum)
+            model.register_comm_hook(model.sum_over_ranks, keep_sum)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """The norm of all gradients over all ranks, a scalar on the device; the step will clip."""
@@ -101,36 +100,12 @@ class ShardAdamW:
             moments["step"].fill_(step)
 
 
-def sum_over_ranks(
-    model: FSDP, gradient: torch.Tensor, shard: torch.Tensor | None = None
-) -> torch.Tensor:
-    """A unit's `gradient`, summed in model.reduce_dtype; this rank's part, with one rank all of it.
-
-    FSDP itself would first convert the whole gradient (12.8 GB for a layer of 405B in float32), and
-    divide it for a mean; here PIECE elements at a time are converted, and nothing is divided.
-    """
-    if shard is None:  # one rank: FSDP has converted it where it lies
-        dist.all_reduce(gradient, group=model.process_group)
-        return gradient
-    # The name is that of torch 2.13, and of 2.11.
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    if gradient.dtype == model.reduce_dtype:
-        reduce_scatter(shard, gradient, group=model.process_group)
-        return shard
-    total = torch.empty_like(shard, dtype=model.reduce_dtype)
-    parts = gradient.view(-1, len(shard))  # (ranks, elements of each)
-    for mine, all_of_it in zip(
-        total.split(PIECE // len(parts)), parts.split(PIECE // len(parts), dim=1), strict=True
-    ):
-        piece = all_of_it.to(total.dtype).contiguous()
-        reduce_scatter(mine, piece.flatten(), group=model.process_group)
-    return total
-
-
 @torch.no_grad()
-def keep_sum(model: FSDP, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> None:
-    """FSDP's communication hook."""
-    (gradient if shard is None else shard).data = sum_over_ranks(model, gradient, shard)
+def keep_sum(
+    sum_over_ranks: Callable, gradient: torch.Tensor, shard: torch.Tensor | None = None
+) -> None:
+    """FSDP's communication hook: it keeps what `shard`, or with one rank `gradient`, is given."""
+    (gradient if shard is None else shard).data = sum_over_ranks(gradient, shard)
 
 
 def whole_norm(own: torch.Tensor) -> torch.Tensor:
@@ -144,15 +119,15 @@ def add_up_offloaded_gradients(model: FSDP) -> None:
     """Let the gradients of `model`, under CPUOffload, add up until they are zeroed in place."""
 
     @torch.no_grad()
-    def reduce(fsdp: FSDP, *given: torch.Tensor) -> None:
-        total = sum_over_ranks(model, *given)
+    def reduce(unit: tuple[FSDP], *given: torch.Tensor) -> None:
+        total = model.sum_over_ranks(*given)
         # `_cpu_grad`: where FSDP puts the result next, on the same stream (torch 2.11, 2.13).
-        before = fsdp._handle.flat_param._cpu_grad.to(total.device, non_blocking=True)
+        before = unit[0]._handle.flat_param._cpu_grad.to(total.device, non_blocking=True)
         given[-1].data = total.detach().float().add_(before)
 
     model.register_comm_hook(None, reduce)
     for fsdp in FSDP.fsdp_modules(model):
-        fsdp._comm_hook_state = fsdp
+        fsdp._comm_hook_state = (fsdp,)  # by itself it would become a module of its own modules
 
 
 # --- 2. AdamW beside the GPU ------------------------------------------------------------------
@@ -261,7 +236,7 @@ class HostAdamW:
             with self.api.stream(self.up):
                 self.up.wait_event(unit.landed)
                 before = unit.slab[3].to(self.device, non_blocking=True)
-        total = sum_over_ranks(self.model, gradient, shard).detach().float()
+        total = self.model.sum_over_ranks(gradient, shard).detach().float()
         # FSDP keeps what the hook leaves; it gets one zero that looks like a gradient of that size.
         kept = gradient if shard is None else shard
         kept.data = torch.zeros((), dtype=unit.weights.dtype, device=self.device).expand_as(kept)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import download
-from processes import Processes
+from ranks import Processes
 
 # --- 1. Rows of one or more data sets ---------------------------------------------------------
 # Rows lie in memory-mapped files, so a batch is a read from the page cache; there are no loader

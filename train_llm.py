@@ -56,7 +56,13 @@ import offload
 import weights
 from checkpoints import clean, write_json
 from download import InputError, first_line
-from processes import Processes, join_processes, planned_processes, while_others_wait
+from ranks import (
+    GradientSum,
+    Processes,
+    join_processes,
+    planned_processes,
+    while_others_wait,
+)
 from rows import Rows, find_rows, row_inputs
 
 log = logging.getLogger("train_llm")
@@ -483,21 +489,21 @@ def shard(
     """`model` with its weights, sharded over all ranks; by no plan the weights are zero.
 
     Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
-    unsharded, by name), `matmul_parameters`, `reduce_dtype`.
+    unsharded, by name), `matmul_parameters`, `sum_over_ranks`.
     """
     facts = {
         "tensor_names": set(model.state_dict()),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         "matmul_parameters": layers.matmul_parameters(model),
-        "reduce_dtype": getattr(torch, args.reduce_dtype),
+        "sum_over_ranks": GradientSum(processes, getattr(torch, args.reduce_dtype)),
     }
     layer_classes = decoder_layer_classes(model)
     # A tied embedding is the output layer's weight too, which the root unit needs to the end.
     apart = {nn.Embedding} if args.wrap_embedding and not layers.tied_embeddings(model) else set()
     on_gpu, dtype = processes.device.type == "cuda", compute_dtype(processes.device)
-    # Gradients are converted for their sum in offload.py; with one rank there is none, and FSDP
-    # converts. It then keeps whole parameters, too, and would say so every unit.
-    reduce_dtype = dtype if processes.world_size > 1 else facts["reduce_dtype"]
+    # GradientSum converts gradients; with one rank there is no sum, and FSDP does. It then keeps
+    # whole parameters, too, and would say so every unit.
+    reduce_dtype = dtype if processes.world_size > 1 else getattr(torch, args.reduce_dtype)
     mixed_precision = MixedPrecision(param_dtype=dtype, reduce_dtype=reduce_dtype)
     warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
     filler = weights.Filler(model, plan, layer_classes | apart, args, processes)

@@ -38,7 +38,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from checkpoints import DTYPES as CODES
 from checkpoints import clean, own_slices
 from download import InputError, first_line, is_local
-from processes import Processes
+from ranks import Processes
 
 log = logging.getLogger("train_llm")
 

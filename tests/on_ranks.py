@@ -9,6 +9,8 @@ which of them are not bit for bit those of `from_pretrained`; or {"do": "load", 
 "out": PATH, "cold": true}: shard a model, and write to PATH.RANK how long it took and how much
 anonymous memory this process had at most. In "train" with "apart", each rank is a host of its own,
 and "HOST" in its words is its number; with "refused": PATH, its InputError is written to PATH.RANK.
+{"do": "add_up", "out": PATH}: sum gradients as if on one node, on several and on uneven ones, and
+write how far each is from the true sum to PATH.RANK.
 "nodes": [FOLDER, ...] makes a `compare` one of several nodes, each with some of the ranks and a
 model folder of its own; "ranks": N leaves a job to the first N processes.
 """
@@ -163,6 +165,25 @@ def load(argv: list[str], out: str, cold: bool) -> None:
     dist.destroy_process_group()
 
 
+def add_up(out: str) -> None:
+    here, found = train_llm.join_processes(), {}
+    sys.modules["ranks"].PIECE = 1000
+    gradients = [torch.randn(here.world_size * 1001, generator=torch.Generator().manual_seed(rank))
+                 for rank in range(here.world_size)]
+    for dtype in (torch.bfloat16, torch.float32):
+        for nodes, local in ((1, 4), (2, 2), (4, 1), (3, 4)):
+            os.environ |= {"GROUP_WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": str(local)}
+            given = [gradient.to(dtype) for gradient in gradients]
+            wanted = torch.stack(given).double().sum(0).chunk(here.world_size)[here.rank]
+            shard = torch.empty(1001, dtype=dtype)
+            total = train_llm.GradientSum(here, torch.float32)(given[here.rank], shard)
+            far = float((total - wanted).abs().max()) if total.dtype == torch.float32 else None
+            found[f"{dtype}, {nodes} x {local}"] = far
+    os.environ |= {"GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": str(here.world_size)}
+    Path(f"{out}.{here.rank}").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
     port, world_size = int(os.environ["MASTER_PORT"]), os.environ["WORLD_SIZE"]
@@ -174,7 +195,7 @@ if __name__ == "__main__":
         os.environ["WORLD_SIZE"] = str(ranks or world_size)
         if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
             continue
-        {"train": train, "compare": compare, "load": load}[kind](**job)
+        {"train": train, "compare": compare, "load": load, "add_up": add_up}[kind](**job)
         torch.compiler.reset()
         gc.collect()  # a model is full of cycles; the next job measures its own memory
         torch.cuda.empty_cache()

@@ -29,9 +29,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoints
-import processes
 import train_llm
-from processes import fresh_store
+from ranks import fresh_store
 
 RECIPE = dict(seq_length=32, global_batch_size=12, batch_size=2, max_steps=15, num_epochs=2,
               lr=3e-3, warmup_steps=3, log_freq=1, checkpoint_activations="on", ckpt_freq=3)
@@ -107,7 +106,7 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(straight):
         assert left == ["step-00000012", "step-00000015"], "the two newest are kept"
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3, pytest.param(4, marks=pytest.mark.drill)])
 def test_a_run_resumes_on_another_number_of_ranks(ranks, straight):
     folder = begun(straight, f"on-{ranks}", 12)
     if ranks == 1:
@@ -390,7 +389,8 @@ def kill_all(run: subprocess.Popen, folder: Path) -> None:
     run.wait()
 
 
-@pytest.mark.parametrize("way", ["SIGTERM to one rank", "a file"])
+@pytest.mark.parametrize(
+    "way", ["SIGTERM to one rank", pytest.param("a file", marks=pytest.mark.drill)])
 def test_a_stop_request_saves_and_leaves_with_status_0_at_one_step(way, straight):
     name = f"stop-{way[:1]}"
     run = start(straight, name, max_steps=2000, num_epochs=900, ckpt_freq=1000, log_freq=1)
@@ -439,7 +439,7 @@ def test_ranks_that_start_again_read_nothing_of_the_start_before():
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
-    monkeypatch.setattr(processes, "JOIN_SECONDS", 0.1)
+    monkeypatch.setattr("ranks.JOIN_SECONDS", 0.1)
     with pytest.raises(train_llm.InputError, match=r"ranks \[1, 2\] did not join"):
         fresh_store(dist.HashStore(), 0, 3)
 
@@ -459,6 +459,7 @@ def test_a_run_killed_at_a_random_moment_ends_as_the_straight_one(straight):
     assert weights(straight[0] / "killed") == weights(whole)
 
 
+@pytest.mark.drill
 def test_a_short_killing_campaign_loses_nothing():
     words = ["--kills", 4, "--seed", random.randrange(99)]
     done = run([sys.executable, "tests/kill_campaign.py", *words], timeout=300)

@@ -72,9 +72,16 @@ def arrived(models, nodes, tmp_path_factory) -> dict[tuple, list[dict]]:
                 dataset_name=corpus, seq_length=32, global_batch_size=12))
         if name in nodes:
             job["nodes"] = list(map(str, nodes[name]))
-    on_ranks(4, list(jobs.values()), folder)
+    sums = {"do": "add_up", "out": str(folder / "sums")}
+    on_ranks(4, [sums, *jobs.values()], folder)
+    jobs[4, "sums", "added"] = sums
     return {case: [json.loads(Path(f"{job['out']}.{rank}").read_text())
                    for rank in range(case[0])] for case, job in jobs.items()}
+
+
+def test_gradients_are_summed_in_float32_within_and_between_nodes(arrived):
+    for far in arrived[4, "sums", "added"]:
+        assert len(far) == 8 and all(error < 1e-6 for error in far.values()), far
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -86,7 +93,7 @@ def test_weights_arrive_bit_for_bit(case, arrived):
 
 
 def test_the_way_is_chosen_by_where_the_files_are(arrived):
-    ways = {case: reports[0]["way"] for case, reports in arrived.items()}
+    ways = {case: arrived[case][0]["way"] for case in CASES}
     assert "auto): every rank sees" in ways[3, "many files", "auto"]
     assert "rank 0 reads" in ways[3, "many files", "rank0"]
     assert "through from_pretrained, since transformers converts" in ways[3, "other names", "auto"]

@@ -59,8 +59,8 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "compiled-selective": dict(batch_size=2, compile=True, checkpoint_activations="selective"),
         "compiled-offload": dict(batch_size=2, compile=True, checkpoint_activations="offload"),
         "no-sync": dict(batch_size=1, log_freq=10, profile=4),
-        "all-on-the-host": dict(batch_size=1, cpu_offload="on"),
-        "adamw-on-the-host": dict(batch_size=1, cpu_offload="optimizer"),
+        "all-on-the-host": dict(batch_size=1, cpu_offload="on", val_dataset_name=corpus),
+        "adamw-on-the-host": dict(batch_size=1, cpu_offload="optimizer", val_dataset_name=corpus),
         "gemma": dict(batch_size=2, model_name=models["gemma"]),
         "random": dict(batch_size=2, random_init=True),
     }
