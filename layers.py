@@ -143,8 +143,11 @@ def keep_or_recompute(context, operation, *args, **kwargs) -> CheckpointPolicy:
 # summed over the chunks in the compute dtype.
 
 
-def build_forward(model: nn.Module, *, chunk: int, document_mask: bool) -> Callable:
+def build_forward(
+    model: nn.Module, *, chunk: int, document_mask: bool, compiled: bool = False
+) -> Callable:
     """What stands in for `model.forward`: it returns the loss, so that logits never leave it."""
+    loss_of = torch.compile(loss_and_slope, dynamic=False) if compiled else loss_and_slope
     decoder_name = model.base_model_prefix
     in_decoder = {id(module) for module in getattr(model, decoder_name).modules()}
     head = [(module, name) for module in model.modules() if id(module) not in in_decoder
@@ -176,11 +179,25 @@ def build_forward(model: nn.Module, *, chunk: int, document_mask: bool) -> Calla
         hidden = decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
         weights = [getattr(module, name) for module, name in head]
         return TokenLoss.apply(
-            logits_of, chunk or labels.numel(), scale, torch.is_grad_enabled(),
+            logits_of, loss_of, chunk or labels.numel(), scale, torch.is_grad_enabled(),
             labels.flatten(), hidden.flatten(0, 1), *weights,
         )
 
     return forward
+
+
+def loss_and_slope(
+    logits: torch.Tensor, label: torch.Tensor, counts: torch.Tensor, training: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cross entropy of `logits` (C, V) at `label` (C, 1), times `counts` (C, 1), summed in float32;
+    in training its gradient, too, (C, V) like the logits."""
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = -(log_p.gather(1, label.clamp(min=0)) * counts).sum()
+    if not training:
+        return loss, None
+    slope = log_p.exp_()  # of softmax: p - 1 at the label, p elsewhere
+    slope.scatter_add_(1, label.clamp(min=0), torch.full_like(counts, -1.0))
+    return loss, slope.mul_(counts).to(logits.dtype)
 
 
 class TokenLoss(torch.autograd.Function):
@@ -192,7 +209,7 @@ class TokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_of, chunk, scale, training, labels, hidden, *weights):
+    def forward(ctx, logits_of, loss_of, chunk, scale, training, labels, hidden, *weights):
         loss = torch.zeros((), device=hidden.device)
         slopes = [torch.empty_like(hidden), *map(torch.zeros_like, weights)] if training else []
         for start in range(0, len(labels), chunk):
@@ -201,24 +218,21 @@ class TokenLoss(torch.autograd.Function):
             with torch.set_grad_enabled(training):
                 part = hidden[start : start + chunk].detach().requires_grad_(training)
                 logits = logits_of(part)
-            log_p = F.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            loss -= (log_p.gather(1, label.clamp(min=0)) * counts).sum()
+            more_loss, slope = loss_of(logits.detach(), label, counts, training)
+            loss += more_loss
             if training:
-                slope = log_p.exp_()  # of softmax: p - 1 at the label, p elsewhere
-                slope.scatter_add_(1, label.clamp(min=0), torch.full_like(counts, -1.0))
-                slope = torch.mul(slope, counts, out=torch.empty_like(logits))
                 found = torch.autograd.grad(logits, (part, *weights), slope, allow_unused=True)
                 slopes[0][start : start + chunk] = found[0]
                 for total, more in zip(slopes[1:], found[1:], strict=True):
                     if more is not None:
                         total.add_(more)
-            del logits, log_p
+            del logits, slope
         ctx.slopes = slopes
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return (None,) * 5 + tuple(slope.mul_(upstream) for slope in ctx.slopes)
+        return (None,) * 6 + tuple(slope.mul_(upstream) for slope in ctx.slopes)
 
 
 # --- 5. What it should take -------------------------------------------------------------------

@@ -458,7 +458,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if args.float8 != "off":
         layers.in_float8(model, args.float8)
     model.forward = layers.build_forward(
-        model, chunk=args.loss_chunk, document_mask=args.document_mask
+        model, chunk=args.loss_chunk, document_mask=args.document_mask, compiled=args.compile
     )
     return model.train()
 
@@ -727,7 +727,7 @@ class Meter:
         self.flops_per_token = layers.flops_per_token(
             config, state.model.matmul_parameters, args.seq_length
         )
-        self.pending: list[torch.Tensor] = []
+        self.pending, self.alloc_retries = [], 0
         self.spans: list[tuple] = []  # (phase, its start, its end)
         self.row_started = time.perf_counter()
         self.steps = planned_steps(args, rows)
@@ -811,6 +811,11 @@ class Meter:
             self.heart.beat("validating", state.step)
             row |= validate(state.model, self.val_rows, self.args, self.processes)
             self.heart.beat("training", state.step)
+        if row.get("alloc_retries", 0) > self.alloc_retries:
+            log.warning("GPU memory is full: it had to be freed and asked for again %d times, which"
+                        " stops the GPU; lower --batch-size, see --checkpoint-activations",
+                        row["alloc_retries"] - self.alloc_retries)
+            self.alloc_retries = row["alloc_retries"]
         if self.processes.rank == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -850,10 +855,14 @@ def evaluate(model: nn.Module, args: argparse.Namespace, processes: Processes) -
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Most so far, in GiB: allocated and reserved on the GPU, or resident in a CPU process."""
+    """Most so far, in GiB: allocated and reserved on the GPU, or resident in a CPU process.
+
+    `alloc_retries`: how often the GPU stood still because all memory was reserved.
+    """
     if device.type == "cuda":
         return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-                "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+                "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+                "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
     return {"peak_memory_gib": resident / 2**20}
 

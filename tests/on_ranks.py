@@ -168,18 +168,19 @@ def load(argv: list[str], out: str, cold: bool) -> None:
 def add_up(out: str) -> None:
     here, found = train_llm.join_processes(), {}
     sys.modules["ranks"].PIECE = 1000
-    gradients = [torch.randn(here.world_size * 1001, generator=torch.Generator().manual_seed(rank))
-                 for rank in range(here.world_size)]
+    ranks = here.world_size
+    gradients = [torch.randn(ranks * 1001, generator=torch.Generator().manual_seed(rank))
+                 for rank in range(ranks)]
     for dtype in (torch.bfloat16, torch.float32):
-        for nodes, local in ((1, 4), (2, 2), (4, 1), (3, 4)):
+        for nodes, local in ((1, ranks), (2, ranks // 2), (ranks, 1), (3, ranks)):
             os.environ |= {"GROUP_WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": str(local)}
-            given = [gradient.to(dtype) for gradient in gradients]
-            wanted = torch.stack(given).double().sum(0).chunk(here.world_size)[here.rank]
-            shard = torch.empty(1001, dtype=dtype)
+            given = [gradient.to(here.device, dtype) for gradient in gradients]
+            wanted = torch.stack(given).double().sum(0).chunk(ranks)[here.rank]
+            shard = torch.empty(1001, dtype=dtype, device=here.device)
             total = train_llm.GradientSum(here, torch.float32)(given[here.rank], shard)
             far = float((total - wanted).abs().max()) if total.dtype == torch.float32 else None
             found[f"{dtype}, {nodes} x {local}"] = far
-    os.environ |= {"GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": str(here.world_size)}
+    os.environ |= {"GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": str(ranks)}
     Path(f"{out}.{here.rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 

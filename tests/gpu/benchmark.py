@@ -163,7 +163,9 @@ class Bench:
                     rows[name] = {key: statistics.median(row[key] for row in steps) for key in (
                         "step_seconds", "data_seconds", "forward_seconds", "backward_seconds",
                         "update_seconds", "tokens_per_second_per_gpu", "mfu", "peak_memory_gib",
-                        "peak_reserved_gib")} | {"loss": steps[-1]["loss"]}
+                        "peak_reserved_gib")}
+                    retries = steps[-1]["alloc_retries"] - steps[0]["alloc_retries"]
+                    rows[name] |= {"loss": steps[-1]["loss"], "alloc_retries": retries}
         self.show(table)
 
     def time_layer(self, seq_length: int, **kind) -> float:
@@ -177,13 +179,15 @@ class Bench:
 
     def show(self, table: str) -> None:
         print(f"\n{table}\n\n| case | ms a step | data | forward | backward | update |"
-              " tokens/s/GPU | MFU | peak GiB | reserved | loss |\n|" + "---|" * 11)
+              " tokens/s/GPU | MFU | peak GiB | reserved | memory was full | loss |\n|" +
+              "---|" * 12)
         for name, row in self.tables[table].items():
             times = " | ".join(f"{row[f'{key}_seconds'] * 1e3:.0f}" for key in
                                ("step", "data", "forward", "backward", "update"))
             print(f"| {name} | {times} | {row['tokens_per_second_per_gpu']:,.0f} |"
                   f" {row['mfu']:.3f} | {row['peak_memory_gib']:.1f} |"
-                  f" {row['peak_reserved_gib']:.1f} | {row['loss']:.3f} |")
+                  f" {row['peak_reserved_gib']:.1f} | {row['alloc_retries']} times |"
+                  f" {row['loss']:.3f} |")
         print(flush=True)
 
 

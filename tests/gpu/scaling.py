@@ -38,14 +38,15 @@ from conftest import ROOT, options_of, read_metrics, torchrun
 
 LAYER = 3_188_752_384  # parameters of one decoder layer as wide as 405B's
 STATE = 16  # bytes a parameter: weights, gradients, two moments
+PASS_BYTES = 50e9  # units and gradients on their way, activations, logits; seen at 405B's width
 WIDTHS["70b"] = dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
 LAYER_70B = 855_654_400
 
 
 def fitting_layers(parameters: int, gpus: int) -> int:
-    """Layers whose float32 state takes 0.6 of the memory; the rest is for what a pass needs."""
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return max(2, int(0.6 * memory * gpus / (STATE * parameters)))
+    """Layers whose float32 state leaves 0.1 of the memory, and what a pass needs, alone."""
+    memory = 0.9 * torch.cuda.get_device_properties(0).total_memory - PASS_BYTES
+    return max(3, int(memory * gpus / (STATE * parameters)))
 
 
 # --- In the processes -------------------------------------------------------------------------

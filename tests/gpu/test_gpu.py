@@ -157,6 +157,14 @@ def test_pretrained_weights_arrive_bit_for_bit(ranks, kind, tmp_path, corpus):
             assert report["different"] == report["extra"] == report["meta"] == [], (out, rank)
 
 
+@needs_two
+def test_gradients_are_summed_in_float32_within_and_between_nodes(tmp_path):
+    on_ranks(GPUS, [{"do": "add_up", "out": str(tmp_path / "sums")}], tmp_path)
+    for rank in range(GPUS):
+        far = json.loads((tmp_path / f"sums.{rank}").read_text())
+        assert far and all(error < 2e-6 for error in far.values()), far
+
+
 def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path, tiny, corpus, rows_dir):
     done = torchrun(GPUS and min(GPUS, 2), "train_llm.py", *options_of(
         experiment_name="nan", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
