@@ -226,10 +226,13 @@ KINDS_405B = {
 }
 
 
-def bench_405b(bench: Bench, *, gpus: int | None = None, depths: tuple[int, int] = (2, 3)) -> None:
-    """Tables of slices of both depths, and of what one more layer costs, for two lengths of row."""
+def bench_405b(
+    bench: Bench, *, gpus: int | None = None, depths: tuple[int, int] = (2, 3),
+    lengths: tuple[int, ...] = (4096, 8192),
+) -> None:
+    """Tables of slices of both depths, and of what one more layer costs, for each length of row."""
     gpus = gpus or bench.gpus
-    for seq_length in (4096, 8192):
+    for seq_length in lengths:
         about = f"{seq_length:,} tokens, {gpus} GPUs"
         names = [f"405B-wide, {depth} layers, {about}" for depth in depths]
         for depth, name in zip(depths, names, strict=True):

@@ -1,6 +1,7 @@
 """How the cost of training grows with the GPUs of one host: 2, 4 and 8, as many as there are.
 
-    python tests/gpu/scaling.py [--only slices,full,load,offload,killed] [--model DIR] [--out DIR]
+    python tests/gpu/scaling.py [--only slices,full,load,offload,killed] [--model DIR]
+                                [--gpus 2,4,8] [--lengths 4096,8192] [--cases REGEX] [--out DIR]
 
   slices   405B-wide: the cost of a layer by depth, against one GPU without sharding; how long its
            collectives take by themselves; weak scaling; 70B-wide with as many layers as fit
@@ -77,9 +78,9 @@ def time_collectives(out: Path) -> None:
 # --- In the script that is started --------------------------------------------------------------
 
 
-def bench_slices(bench: Bench, sizes: list[int]) -> None:
+def bench_slices(bench: Bench, sizes: list[int], lengths: list[int]) -> None:
     for gpus in sizes:
-        bench_405b(bench, gpus=gpus, depths=(2, fitting_layers(LAYER, gpus)))
+        bench_405b(bench, gpus=gpus, depths=(2, fitting_layers(LAYER, gpus)), lengths=lengths)
         file = bench.folder / f"collectives-{gpus}.json"
         done = torchrun(gpus, __file__, "--collectives", file)
         if done.returncode:
@@ -92,7 +93,7 @@ def bench_slices(bench: Bench, sizes: list[int]) -> None:
             f"{name} {seconds * 1e3:.1f}" for name, seconds in alone.items()))
         print("| case | s a layer | exposed share of its collectives | weak scaling |\n|" +
               "---|" * 4)
-        for about in (f"{length:,} tokens" for length in (4096, 8192)):
+        for about in (f"{length:,} tokens" for length in lengths):
             first = bench.tables.get(f"one 405B layer, {about}, {sizes[0]} GPUs", {})
             for kind, row in bench.tables[f"one 405B layer, {about}, {gpus} GPUs"].items():
                 both = row["forward"] + row["backward"]
@@ -159,10 +160,16 @@ def bench_killed(bench: Bench, model: Path, *, steps: int, gpus: int) -> None:
           f" {bench.tables['killed']['largest difference']:.1e} from that on 2 GPUs", flush=True)
 
 
+def numbers(words: str) -> list[int]:
+    return [int(word) for word in words.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", default="slices,full,load,offload,killed")
     parser.add_argument("--cases", default="", metavar="REGEX", help="leave out other cases")
+    parser.add_argument("--gpus", default="2,4,8", help="numbers of GPUs; those there are")
+    parser.add_argument("--lengths", default="4096,8192", help="tokens in a row, of slices")
     parser.add_argument("--model", type=Path, help="with weights, for `killed`")
     parser.add_argument("--steps", type=int, default=2000, help="of `killed`")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
@@ -170,7 +177,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.collectives:
         return time_collectives(args.collectives)
-    sizes = [gpus for gpus in (2, 4, 8) if gpus <= torch.cuda.device_count()]
+    sizes = [gpus for gpus in numbers(args.gpus) if gpus <= torch.cuda.device_count()]
     if not sizes:
         parser.error(f"needs two GPUs or more, found {torch.cuda.device_count()}")
     parts = args.only.split(",")
@@ -178,7 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), sizes[-1], args.cases, out)
         if "slices" in parts:
-            bench_slices(bench, sizes)
+            bench_slices(bench, sizes, numbers(args.lengths))
         if "full" in parts:
             bench_full(bench, sizes)
         for gpus in sizes:
