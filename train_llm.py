@@ -6,8 +6,9 @@
 
 Read it from top to bottom. Each section opens with the problem it solves, the idea, and the cost;
 `main` is the whole story on one screen; what follows it stands in the order in which it is used.
-How weights are read (weights.py), rows ordered (rows.py), layers computed (layers.py), AdamW
-stepped in host memory (offload.py) and checkpoints written (checkpoints.py) are other stories.
+How ranks meet and sum gradients (ranks.py), weights are read (weights.py), rows ordered (rows.py),
+layers computed (layers.py), AdamW stepped in host memory (offload.py) and checkpoints written
+(checkpoints.py) are other stories.
 
 A *row* is one sequence of tokens; a *micro step* is a forward and backward pass of `--batch-size`
 rows on every rank; a *step* is micro steps of `--global-batch-size` rows, and one update. A
@@ -144,7 +145,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--loss-chunk", type=int, default=2048, help="tokens whose logits exist at a time;"
         " 0: those of all")
     add("--reduce-dtype", choices=["float32", "bfloat16"], default="float32",
-        help="in which gradients are summed over ranks; bfloat16 halves that traffic")
+        help="in which gradients are summed over ranks; bfloat16 halves what goes between nodes")
     add("--forward-prefetch", action=argparse.BooleanOptionalAction, default=False,
         help="gather the next layer before this one's forward pass is issued")
     add("--limit-all-gathers", action=argparse.BooleanOptionalAction, default=True,
