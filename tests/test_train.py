@@ -365,6 +365,7 @@ def test_what_cannot_run_gets_one_message(case, tiny, corpus, rows_dir, tmp_path
     assert not (tmp_path / "out" / "x" / "metrics.jsonl").exists()
 
 
+@pytest.mark.drill
 def test_under_torchrun_one_rank_speaks_and_none_hangs(tmp_path, tiny, rows_dir):
     started = time.monotonic()
     broken = tmp_path / "broken.jsonl"
