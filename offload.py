@@ -101,11 +101,12 @@ class ShardAdamW:
 
 
 @torch.no_grad()
-def keep_sum(
-    sum_over_ranks: Callable, gradient: torch.Tensor, shard: torch.Tensor | None = None
-) -> None:
-    """FSDP's communication hook: it keeps what `shard`, or with one rank `gradient`, is given."""
-    (gradient if shard is None else shard).data = sum_over_ranks(gradient, shard)
+def keep_sum(sum_over_ranks: Callable, *given: torch.Tensor) -> None:
+    """FSDP's communication hook, `given` a gradient and, with several ranks, the shard of its sum.
+
+    FSDP keeps what the last of them holds afterwards.
+    """
+    given[-1].data = sum_over_ranks(*given)
 
 
 def whole_norm(own: torch.Tensor) -> torch.Tensor:
@@ -224,22 +225,20 @@ class HostAdamW:
     # ---- the step, in the order in which it happens ----
 
     @torch.no_grad()
-    def take_gradient(
-        self, unit: Unit, gradient: torch.Tensor, shard: torch.Tensor | None = None
-    ) -> None:
-        """FSDP's communication hook: sum a unit's `gradient` over the ranks, and keep its `shard`.
+    def take_gradient(self, unit: Unit, *given: torch.Tensor) -> None:
+        """FSDP's communication hook, `given` as in keep_sum; the sum goes to host memory.
 
-        Called on FSDP's stream for reductions. With one rank there is no shard: all is kept.
+        Called on FSDP's stream for reductions.
         """
         reductions = self.api.current_stream()
         if unit.norms:  # not the first micro step: begin to fetch the sum so far
             with self.api.stream(self.up):
                 self.up.wait_event(unit.landed)
                 before = unit.slab[3].to(self.device, non_blocking=True)
-        total = self.model.sum_over_ranks(gradient, shard).detach().float()
+        total = self.model.sum_over_ranks(*given).detach().float()
         # FSDP keeps what the hook leaves; it gets one zero that looks like a gradient of that size.
-        kept = gradient if shard is None else shard
-        kept.data = torch.zeros((), dtype=unit.weights.dtype, device=self.device).expand_as(kept)
+        zero = torch.zeros((), dtype=unit.weights.dtype, device=self.device)
+        given[-1].data = zero.expand_as(given[-1])
         if unit.norms:
             reductions.wait_stream(self.up)
             total += before

@@ -492,11 +492,12 @@ def shard(
     Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
     unsharded, by name), `matmul_parameters`, `sum_over_ranks`.
     """
+    gradient_sum = GradientSum(processes, getattr(torch, args.reduce_dtype))
     facts = {
         "tensor_names": set(model.state_dict()),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         "matmul_parameters": layers.matmul_parameters(model),
-        "sum_over_ranks": GradientSum(processes, getattr(torch, args.reduce_dtype)),
+        "sum_over_ranks": gradient_sum,
     }
     layer_classes = decoder_layer_classes(model)
     # A tied embedding is the output layer's weight too, which the root unit needs to the end.
@@ -504,7 +505,7 @@ def shard(
     on_gpu, dtype = processes.device.type == "cuda", compute_dtype(processes.device)
     # GradientSum converts gradients; with one rank there is no sum, and FSDP does. It then keeps
     # whole parameters, too, and would say so every unit.
-    reduce_dtype = dtype if processes.world_size > 1 else getattr(torch, args.reduce_dtype)
+    reduce_dtype = dtype if processes.world_size > 1 else gradient_sum.dtype
     mixed_precision = MixedPrecision(param_dtype=dtype, reduce_dtype=reduce_dtype)
     warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
     filler = weights.Filler(model, plan, layer_classes | apart, args, processes)

@@ -102,23 +102,27 @@ def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedPr
     )
 
 
-def torchrun(
-    ranks: int, script: str, *options, timeout: float = 300, restarts: int = 0, **env
-) -> subprocess.CompletedProcess:
-    """A script of the project under torchrun, on one node.
+def free_port() -> int:
+    """A port to begin with: jobs in one start use up to a hundred behind it, too.
 
-    Jobs in one start use up to a hundred ports behind the first, too: so not one that the system
-    gives away (32768 and up), and each of several test workers draws from a range of its own.
+    So not one that the system gives away (32768 and up), and each of several test workers draws
+    from a range of its own.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
         port = random.SystemRandom().randrange(50) * 100 + 10_000 + 5_000 * worker
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("127.0.0.1", port))
-            break
+            return port
+
+
+def torchrun(
+    ranks: int, script: str, *options, timeout: float = 300, restarts: int = 0, **env
+) -> subprocess.CompletedProcess:
+    """A script of the project under torchrun, on one node."""
     return run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks,
-         "--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", restarts,
+         "--master-addr", "127.0.0.1", "--master-port", free_port(), "--max-restarts", restarts,
          script, *options],
         timeout=timeout, **env,
     )

@@ -20,7 +20,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import write_text
-from conftest import ROOT, build_tokenizer, options_of, read_metrics
+from conftest import ROOT, build_tokenizer, free_port, options_of, read_metrics
 
 import offload
 import train_llm
@@ -231,11 +230,8 @@ class Bench:
         """({job: [its result on each rank]}, standard error), in one start of the processes."""
         file = self.folder / f"jobs-{len(list(self.folder.glob('jobs-*.json')))}.json"
         file.write_text(json.dumps(jobs))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(GPUS),
-                   "--master-addr", "127.0.0.1", "--master-port", str(port), __file__,
+                   "--master-addr", "127.0.0.1", "--master-port", str(free_port()), __file__,
                    "--worker", str(file)]
         log = file.with_suffix(".log")
         with log.open("w") as out:

@@ -34,7 +34,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark import EIGHT_B_MORE, WIDTHS, Bench, bench_405b, median_seconds, write_text
+from benchmark import EIGHT_B_MORE, WIDTHS, Bench, bench_405b, median_seconds
 from conftest import ROOT, options_of, read_metrics, torchrun
 
 LAYER = 3_188_752_384  # parameters of one decoder layer as wide as 405B's
@@ -199,7 +199,6 @@ def main() -> None:
         if "killed" in parts:
             if not args.model:
                 parser.error("killed wants a --model with weights")
-            bench.data = write_text(bench.folder / "text.jsonl", 16)
             bench_killed(bench, args.model, steps=args.steps, gpus=sizes[-1])
         (out / "scaling.json").write_text(json.dumps(
             {"gpus": sizes, "versions": bench.versions, "tables": bench.tables}, indent=2))

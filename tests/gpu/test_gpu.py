@@ -97,12 +97,11 @@ def test_losses_on_gpus_are_those_of_plain_pytorch_up_to_bfloat16(runs, corpus, 
                 assert losses(run) == pytest.approx(wanted, rel=5e-3), (name, ranks)
 
 
-def test_options_that_only_move_memory_change_not_one_bit_of_a_first_loss(runs):
-    for ranks in (1, 2)[:GPUS]:  # later, attention has added its gradients in some order
+def test_options_that_only_move_memory_change_not_one_bit(runs):
+    for ranks in (1, 2)[:GPUS]:
         plain = losses(runs["plain", ranks])
         for name in ("on", "offload", "selective", "prefetch", "unlimited", "embedding-in-root"):
-            assert losses(runs[name, ranks])[0] == plain[0], (name, ranks)
-            assert losses(runs[name, ranks]) == pytest.approx(plain, abs=2e-3), (name, ranks)
+            assert losses(runs[name, ranks]) == plain, (name, ranks)
 
 
 def test_a_step_never_waits_for_the_gpu_and_its_profile_is_written(runs):
