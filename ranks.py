@@ -15,12 +15,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from download import InputError
 
 JOIN_SECONDS = 1800  # libraries on a slow shared drive can take minutes to load
-PIECE = 2**28  # elements of a unit's gradient that are summed at a time
+# Elements of a unit's gradient that are summed at a time: 2 GiB in bfloat16. Each piece waits once
+# or twice for a matrix product to leave the GPU; in 12 pieces a layer of 405B took a layer's time.
+PIECE = 2**30
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,25 @@ class GradientSum:
     divides it for a mean. Here the ranks of a node send each other what they have, in bfloat16, a
     piece at a time, and each adds up its own part, in float32; only these sums go to other nodes.
     The result is that of float32 sums throughout, with half the bytes on the links of a node.
+
+    The groups are its own, since NCCL runs the collectives of one group one after the other, in the
+    order of their issue: in FSDP's group, the gather of the next layer, which is to be ready when
+    this layer is done, would wait for the sum of the layer before.
     """
 
-    def __init__(self, processes: Processes, dtype: torch.dtype):
+    def __init__(self, processes: Processes, dtype: torch.dtype, *, compiled: bool = False):
         self.dtype, self.ranks = dtype, processes.world_size
+        self.add_up = torch.compile(add_up, dynamic=True) if compiled else add_up
         nodes, local = (int(os.environ.get(name, 1)) for name in
                         ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         even = torch.tensor(float(nodes * local == self.ranks))
         dist.all_reduce(even, dist.ReduceOp.MIN)
         self.nodes, self.local = (nodes, local) if even else (self.ranks, 1)
-        mesh = init_device_mesh(processes.device.type, (self.nodes, self.local),
-                                mesh_dim_names=("between", "within"))
-        self.between, self.within = mesh.get_group("between"), mesh.get_group("within")
+        grid = torch.arange(self.ranks).view(self.nodes, self.local)
+        backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        self.within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), backend=backend)
+        self.between, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), backend=backend)
+        self.all = dist.new_group(backend=backend)
 
     def __call__(self, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of each rank's `gradient`, (ranks * n,): n elements, in `shard` if it is of that
@@ -143,18 +151,30 @@ class GradientSum:
         # The name is that of torch 2.13, and of 2.11.
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         if gradient.dtype == self.dtype:
-            reduce_scatter(shard, gradient)
+            reduce_scatter(shard, gradient, group=self.all)
             return shard
         total = torch.empty_like(shard, dtype=self.dtype)
         parts = gradient.view(self.nodes, self.local, len(shard)).transpose(0, 1)
         size = max(1, PIECE // self.ranks)
         for mine, theirs in zip(total.split(size), parts.split(size, dim=2), strict=True):
-            sent = theirs.contiguous()  # (local, nodes, size)
-            arrived = torch.empty_like(sent)
-            dist.all_to_all_single(arrived, sent, group=self.within)
+            sent = [part.contiguous() for part in theirs]  # (nodes, size) for each; on one node
+            arrived = torch.empty_like(theirs, memory_format=torch.contiguous_format)  # no copy
+            dist.all_to_all(list(arrived), sent, group=self.within)
             if self.nodes == 1:
-                torch.sum(arrived, 0, dtype=self.dtype, out=mine[None])
+                self.add_up(arrived, mine[None])
             else:
-                of_node = arrived.sum(0, dtype=self.dtype)
+                of_node = torch.empty_like(arrived[0], dtype=self.dtype)
+                self.add_up(arrived, of_node)
                 reduce_scatter(mine, of_node.flatten(), group=self.between)
         return total
+
+
+def add_up(parts: torch.Tensor, total: torch.Tensor) -> None:
+    """`total` becomes the sum of `parts` over their first dimension, in the dtype of `total`.
+
+    Of bfloat16, torch.sum moves 1.8 TB/s on an H200 (torch 2.11), where a copy moves 4.3.
+    """
+    if torch.compiler.is_compiling():  # written out, it is one pass over the memory
+        total.copy_(sum(part.to(total.dtype) for part in parts))
+    else:
+        torch.sum(parts, 0, dtype=total.dtype, out=total)

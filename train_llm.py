@@ -492,7 +492,8 @@ def shard(
     Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
     unsharded, by name), `matmul_parameters`, `sum_over_ranks`.
     """
-    gradient_sum = GradientSum(processes, getattr(torch, args.reduce_dtype))
+    dtype_of_sums = getattr(torch, args.reduce_dtype)
+    gradient_sum = GradientSum(processes, dtype_of_sums, compiled=args.compile)
     facts = {
         "tensor_names": set(model.state_dict()),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
@@ -529,6 +530,7 @@ def shard(
     filler.finish(sharded)
     if on_gpu:  # what whole units in float32 took while they were loaded
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     for name, fact in facts.items():
         setattr(sharded, name, fact)
     return sharded

@@ -44,6 +44,7 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
                               rows_dir=rows_dir)
     options = {
         "plain": dict(batch_size=2),
+        "again": dict(batch_size=2),
         "accumulated": dict(batch_size=1),
         "on": dict(batch_size=2, checkpoint_activations="on"),
         "offload": dict(batch_size=2, checkpoint_activations="offload"),
@@ -98,10 +99,14 @@ def test_losses_on_gpus_are_those_of_plain_pytorch_up_to_bfloat16(runs, corpus, 
 
 
 def test_options_that_only_move_memory_change_not_one_bit(runs):
-    for ranks in (1, 2)[:GPUS]:
-        plain = losses(runs["plain", ranks])
-        for name in ("on", "offload", "selective", "prefetch", "unlimited", "embedding-in-root"):
-            assert losses(runs[name, ranks]) == plain, (name, ranks)
+    far = {(name, ranks): max(abs(a - b) for a, b in zip(
+        losses(runs[name, ranks]), losses(runs["plain", ranks]), strict=True))
+        for ranks in (1, 2)[:GPUS]
+        for name in ("again", "on", "offload", "selective", "prefetch", "unlimited",
+                     "embedding-in-root")}
+    # Units cut in other places: each rank's norm is of other parameters, and rounds differently.
+    cut_otherwise = far.pop(("embedding-in-root", 2), 0)
+    assert not any(far.values()) and cut_otherwise < 1e-3, (far, cut_otherwise)
 
 
 def test_a_step_never_waits_for_the_gpu_and_its_profile_is_written(runs):
