@@ -181,6 +181,8 @@ def main() -> None:
     if not sizes:
         parser.error(f"needs two GPUs or more, found {torch.cuda.device_count()}")
     parts = args.only.split(",")
+    if "killed" in parts and not args.model:
+        parser.error("killed wants a --model with weights")
     out = args.out.resolve()
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), sizes[-1], args.cases, out)
@@ -197,8 +199,6 @@ def main() -> None:
                 run_script("gpu/benchmark_offload.py", "--only", "wide,deep", "--out",
                            out / f"offload-{gpus}", gpus=gpus)
         if "killed" in parts:
-            if not args.model:
-                parser.error("killed wants a --model with weights")
             bench_killed(bench, args.model, steps=args.steps, gpus=sizes[-1])
         (out / "scaling.json").write_text(json.dumps(
             {"gpus": sizes, "versions": bench.versions, "tables": bench.tables}, indent=2))

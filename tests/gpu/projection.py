@@ -1,0 +1,134 @@
+"""What Llama 3.1 405B should take on 64 GPUs, from slices of it measured on a few. A projection.
+
+    python tests/gpu/projection.py SCALING_JSON [--gpus 64] [--network 50] [--host-bandwidth 300]
+
+SCALING_JSON is what scaling.py wrote: the cost of one layer, the same layer unsharded, a layer's
+collectives by themselves, and memory of slices on two numbers of GPUs. What is assumed is in
+ASSUMPTIONS, which is printed with the table.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+LAYERS, LAYER, HIDDEN, VOCABULARY = 126, 3_188_752_384, 16384, 128256
+HEAD = HIDDEN * VOCABULARY  # parameters of the output layer, and of the embedding
+PARAMETERS = LAYERS * LAYER + 2 * HEAD + HIDDEN
+NODE = 8  # GPUs
+PEAK = 989e12  # dense bfloat16 FLOP/s of an H100 or H200
+MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes
+ASSUMPTIONS = """\
+* Nodes of 8 GPUs; each GPU has {network:g} GB/s of network of its own, of which 0.8 are had.
+* A layer computes as it did in the slice, beside its collectives; these take longer only.
+* NVLink gives 8 GPUs the rate that it gave these; H100 computes as fast as H200.
+* Collectives of a layer, one after the other, hide behind its forward or backward pass; what is
+  longer than that is waited for. The first gather and the last sum of a step hide behind nothing.
+* Output layer and loss run at the rate of a layer's matrix products, without recomputation.
+* Where state does not fit on the GPU, --cpu-offload optimizer: 28 bytes a parameter at
+  {host:g} GB/s a node, beside the forward pass.
+* Memory: state, layer inputs (2 bytes x tokens x hidden a layer, on the host with
+  --checkpoint-activations offload), the root's weights and gradient, and what is left of the
+  slices' reserved memory on {sizes} GPUs when the part that shrinks with their number is gone."""
+
+
+def collective_seconds(gpus: int, *, nvlink: float, network: float) -> tuple[float, float]:
+    """Seconds to gather one layer's bfloat16 weights, and to sum its gradients, on `gpus`.
+
+    `nvlink`, `network`: bytes a second into one GPU. The sum: bfloat16 within a node, then each
+    GPU's eighth in float32 between nodes (ranks.GradientSum).
+    """
+    nodes, whole = gpus // NODE, 2 * LAYER
+    gather = max(whole * (gpus - 1) / gpus / nvlink, whole * (nodes - 1) / nodes / NODE / network)
+    within = whole * (NODE - 1) / NODE / nvlink
+    between = 4 * LAYER / NODE * (nodes - 1) / nodes / network
+    return gather, within + between
+
+
+def step_seconds(
+    layer: dict, *, tokens: int, gather: float, add_up: float, update: float
+) -> dict[str, float]:
+    """Seconds of a step of one row a GPU; `layer` as in scaling.json."""
+    rate = 8 * LAYER * tokens / layer["unsharded"]  # forward, recomputation, backward
+    head = 6 * HEAD * tokens / rate
+    forward = LAYERS * max(layer["forward"], gather) + gather + head / 3
+    backward = LAYERS * max(layer["backward"], gather + add_up) + add_up + head * 2 / 3
+    return {"forward": forward, "backward": backward, "update": update,
+            "step": forward + backward + update}
+
+
+def working_memory(tables: dict, tokens: int, kind: str) -> tuple[float, list[int]]:
+    """(bytes of a slice's reserved memory that do not shrink with more GPUs, GPUs measured on).
+
+    Two slices of the same depth: reserved = a + b / GPUs.
+    """
+    found = {}
+    for name, rows in tables.items():
+        match = re.fullmatch(rf"405B-wide, 2 layers, {tokens:,} tokens, (\d+) GPUs", name)
+        if match and kind in rows:
+            found[int(match[1])] = rows[kind]["peak_reserved_gib"] * 2**30
+    few, many = min(found), max(found)
+    if few == many:
+        raise SystemExit(f"{tokens} tokens, {kind}: memory was measured on {few} GPUs alone; it"
+                         " takes two numbers of GPUs (scaling.py --gpus 2,4)")
+    return (found[many] * many - found[few] * few) / (many - few), sorted(found)
+
+
+def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[list[dict], list]:
+    """Rows of the table, and the numbers of GPUs measured on. `network`, `host`: bytes a second."""
+    rows = []
+    for name, kinds in tables.items():
+        match = re.fullmatch(r"one 405B layer, ([\d,]+) tokens, (\d+) GPUs", name)
+        if not match:
+            continue
+        tokens, few = int(match[1].replace(",", "")), int(match[2])
+        alone = tables[f"collectives of one 405B layer, {few} GPUs"]
+        nvlink = 2 * LAYER * (few - 1) / few / alone["all_gather"]
+        gather, add_up = collective_seconds(gpus, nvlink=nvlink, network=0.8 * network)
+        for kind, layer in kinds.items():
+            working, sizes = working_memory(tables, tokens, kind)
+            inputs = 2 * tokens * HIDDEN * LAYERS
+            for device, memory in MEMORY.items():
+                held = working + 4 * HEAD + 16 * PARAMETERS / gpus
+                on_host = held + inputs > 0.95 * memory
+                away = on_host and held > 0.95 * memory
+                update = layer["update"] * few / gpus * PARAMETERS / LAYER
+                if away:
+                    held -= 14 * PARAMETERS / gpus
+                    cpu = 28 * LAYER / gpus * NODE / host  # a node's GPUs step at once
+                    update = cpu + (LAYERS - 1) * max(0, cpu - layer["forward"])
+                took = step_seconds(layer, tokens=tokens, gather=gather, add_up=add_up,
+                                    update=update)
+                flops = 6 * (PARAMETERS - HEAD) + 6 * LAYERS * HIDDEN * tokens
+                rows.append({
+                    "GPUs": f"{gpus} {device}", "tokens": tokens, "compute": kind,
+                    "layer from": few, **took, "tokens/s/GPU": tokens / took["step"],
+                    "MFU": tokens / took["step"] * flops / PEAK,
+                    "GB": (held + (0 if on_host else inputs)) / 1e9,
+                    "options": ("--cpu-offload optimizer " if away else "") + (
+                        "--checkpoint-activations " + ("offload" if on_host else "on")),
+                    "fits": held + (0 if on_host else inputs) <= 0.95 * memory})
+    return rows, sizes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("measured", type=Path, help="scaling.json")
+    parser.add_argument("--gpus", type=int, default=64, help="a multiple of 8")
+    parser.add_argument("--network", type=float, default=50, help="GB/s of each GPU")
+    parser.add_argument("--host-bandwidth", type=float, default=300, help="GB/s of a node's memory")
+    args = parser.parse_args()
+    if args.gpus % NODE or args.gpus <= NODE:
+        parser.error(f"--gpus {args.gpus}: must be a multiple of {NODE}, and more than one node")
+    measured = json.loads(args.measured.read_text())
+    rows, sizes = project(measured["tables"], gpus=args.gpus, network=args.network * 1e9,
+                          host=args.host_bandwidth * 1e9)
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v)
+                                for v in row.values()) + " |")
+    print(ASSUMPTIONS.format(network=args.network, host=args.host_bandwidth, sizes=sizes))
+
+
+if __name__ == "__main__":
+    main()
