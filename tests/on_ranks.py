@@ -11,6 +11,7 @@ anonymous memory this process had at most. In "train" with "apart", each rank is
 and "HOST" in its words is its number; with "refused": PATH, its InputError is written to PATH.RANK.
 {"do": "add_up", "out": PATH}: sum gradients as if on one node, on several and on uneven ones, and
 write how far each is from the true sum to PATH.RANK.
+{"do": "copy", "run": FOLDER, "to": FOLDER, "without": [GLOB, ...]}: copy a run, in part.
 "nodes": [FOLDER, ...] makes a `compare` one of several nodes, each with some of the ranks and a
 model folder of its own; "ranks": N leaves a job to the first N processes.
 """
@@ -20,6 +21,7 @@ import functools
 import gc
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -187,6 +189,13 @@ def add_up(out: str) -> None:
     dist.destroy_process_group()
 
 
+def copy(run: str, to: str, without: list[str]) -> None:
+    if int(os.environ["RANK"]) == 0:  # the others wait for it in the next job
+        shutil.copytree(run, to)
+        for path in (path for glob in without for path in Path(to).glob(glob)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
     port, world_size = int(os.environ["MASTER_PORT"]), os.environ["WORLD_SIZE"]
@@ -195,10 +204,11 @@ if __name__ == "__main__":
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(port + i)
         kind, ranks = job.pop("do"), job.pop("ranks", None)
-        os.environ["WORLD_SIZE"] = str(ranks or world_size)
+        os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(ranks or world_size)
         if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
             continue
-        {"train": train, "compare": compare, "load": load, "add_up": add_up}[kind](**job)
+        {"train": train, "compare": compare, "load": load, "add_up": add_up, "copy": copy}[kind](
+            **job)
         torch.compiler.reset()
         gc.collect()  # a model is full of cycles; the next job measures its own memory
         torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -147,11 +146,12 @@ def runs(tmp_path_factory, tiny):
     for held_out in (False, True):
         for inputs in row_inputs(args, held_out=held_out):
             download.prepare_rows(**inputs)
-    on_ranks(1, [{"do": "train", "argv": argv(experiment_name="one", batch_size=2)}], folder)
-    shutil.copytree(folder / "one", folder / "resumed")
-    shutil.rmtree(folder / "resumed/checkpoints/step-00000006")
-    on_ranks(2, [{"do": "train", "argv": argv(experiment_name=name)}
-                 for name in ("two", "resumed")], folder)
+    on_ranks(2, [
+        {"do": "train", "ranks": 1, "argv": argv(experiment_name="one", batch_size=2)},
+        {"do": "copy", "run": str(folder / "one"), "to": str(folder / "resumed"),
+         "without": ["checkpoints/step-00000006"]},
+        *({"do": "train", "argv": argv(experiment_name=name)} for name in ("two", "resumed")),
+    ], folder)
     return dict(folder=folder, argv=argv, args=args)
 
 

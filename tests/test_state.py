@@ -40,18 +40,42 @@ RECIPE = dict(seq_length=32, global_batch_size=12, batch_size=2, max_steps=15, n
 def straight(tmp_path_factory, tiny, corpus, rows_dir):
     """(folder, options) of 15 steps on two ranks without a break, all checkpoints kept.
 
-    Beside it lie short runs of a model with tied embeddings and of one with a buffer in its files.
+    Beside it lie short runs of a model with tied embeddings and of one with a buffer in its files;
+    copies of the run that were cut off and resumed, in the same start; and REFUSED.WHY.RANK.
     """
     folder = tmp_path_factory.mktemp("state")
     options = dict(save_dir=folder, rows_dir=rows_dir, model_name=tiny, dataset_name=corpus)
     options |= RECIPE | dict(keep_checkpoints=9)
     others = dict(tied=build_tiny_model(folder / "gemma", "gemma"),
                   buffer=build_model_with_a_buffer(folder / "deepseek"))
-    on_ranks(2, [{"do": "train", "argv": options_of(experiment_name="straight", **options)}] + [
-        {"do": "train", "argv": options_of(
-            experiment_name=name, **options | dict(model_name=model, max_steps=3, ckpt_freq=2))}
-        for name, model in others.items()], folder)
-    return folder, options | dict(keep_checkpoints=2)
+
+    def job(name: str, ranks: int = 2, **changes) -> dict:
+        return {"do": "train", "ranks": ranks, "argv": options_of(
+            experiment_name=name, **options | changes)}
+
+    def copied(name: str, steps: tuple[int, ...], *without: str) -> dict:
+        gone = [f"checkpoints/step-{step:08}" for step in range(3, 16, 3) if step not in steps]
+        return {"do": "copy", "run": str(folder / "straight"), "to": str(folder / name),
+                "without": ["model", *gone, *without]}
+
+    jobs = [job("straight")] + [job(name, model_name=model, max_steps=3, ckpt_freq=2)
+                                for name, model in others.items()]
+    options["keep_checkpoints"] = 2
+    for name, steps in {"from-3": (3,), "from-12": (9, 12), "finished": (15,)}.items():
+        jobs += [copied(name, steps), job(name, async_checkpoint="on")]
+    jobs += [copied("on-3", (12,)), job("on-3", 3, batch_size=1)]
+    # Two hosts of one rank each: their disks hold what their rank wrote, or (swapped) the other.
+    for name in ("apart", "swapped", "new"):
+        for disk in (0, 1):
+            gone = disk if name == "swapped" else 1 - disk
+            lacks = [f"checkpoints/*/rank-0000{gone}.safetensors"]
+            lacks += ["checkpoints/*/.metadata", "checkpoints/*/about.json"] * disk
+            lacks += ["checkpoints/*"] * (name == "new" and disk == 0)
+            jobs.append(copied(f"disk-{disk}/{name}", (12,), *lacks))
+        refused = {} if name == "apart" else {"refused": str(folder / f"refused-{name}")}
+        jobs.append(job(name, save_dir=folder / "disk-HOST") | {"apart": True} | refused)
+    on_ranks(3, jobs, folder, timeout=600)
+    return folder, options
 
 
 def build_model_with_a_buffer(folder: Path) -> Path:
@@ -79,11 +103,6 @@ def begun(straight, name: str, *steps: int) -> Path:
     return folder
 
 
-def resume(ranks: int, straight, *names: str, **changes) -> None:
-    on_ranks(ranks, [{"do": "train", "argv": options_of(
-        experiment_name=name, **straight[1] | changes)} for name in names], straight[0])
-
-
 def values(folder: Path, key: str = "loss") -> list[float]:
     return [row[key] for row in read_metrics(folder)]
 
@@ -95,11 +114,9 @@ def weights(folder: Path) -> list[bytes]:
 def test_a_resumed_run_is_the_straight_one_bit_for_bit(straight):
     whole = straight[0] / "straight"
     assert [row["step"] for row in read_metrics(whole)] == [*range(1, 16)]
-    folders = [begun(straight, "from-3", 3), begun(straight, "from-12", 9, 12)]
-    finished = begun(straight, "finished", 15)
-    resume(2, straight, "from-3", "from-12", "finished", async_checkpoint="on")
+    finished = straight[0] / "finished"
     assert weights(finished) == weights(whole) and values(finished) == values(whole)
-    for folder in folders:
+    for folder in (straight[0] / "from-3", straight[0] / "from-12"):
         assert values(folder) == values(whole) and weights(folder) == weights(whole)
         assert values(folder, "grad_norm") == values(whole, "grad_norm")
         left = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -108,49 +125,29 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(straight):
 
 @pytest.mark.parametrize("ranks", [1, 3, pytest.param(4, marks=pytest.mark.drill)])
 def test_a_run_resumes_on_another_number_of_ranks(ranks, straight):
-    folder = begun(straight, f"on-{ranks}", 12)
+    folder = straight[0] / f"on-{ranks}"
     if ranks == 1:
+        begun(straight, folder.name, 12)
         in_process(straight, folder.name)
-    else:
-        resume(ranks, straight, folder.name, batch_size=1)
+    elif ranks == 4:
+        begun(straight, folder.name, 12)
+        on_ranks(4, [{"do": "train", "argv": options_of(
+            experiment_name=folder.name, **straight[1] | dict(batch_size=1))}], straight[0])
     whole = straight[0] / "straight"
     assert values(folder) == pytest.approx(values(whole), rel=1e-5)
     assert values(folder)[:12] == values(whole)[:12], "the rows of steps before it were kept"
 
 
 def test_node_local_disks_need_only_what_their_own_ranks_wrote(straight):
-    """Two hosts of one rank each, whose disks hold the files that their rank wrote, and no others.
-
-    The third job is one of two hosts that swapped places, the fourth one whose host 0 is new.
-    """
-    begun(straight, "apart", 12)
-    for disk, other in ((0, 1), (1, 0)):
-        for name in ("apart", "swapped", "new"):
-            folder = straight[0] / f"disk-{disk}" / name
-            shutil.copytree(straight[0] / "apart", folder)
-            checkpoint = folder / "checkpoints" / "step-00000012"
-            gone = disk if name == "swapped" else other
-            (checkpoint / f"rank-0000{gone}.safetensors").unlink()
-            if disk == 1:
-                (checkpoint / ".metadata").unlink()
-                (checkpoint / "about.json").unlink()
-            if name == "new" and disk == 0:
-                shutil.rmtree(checkpoint)
-    refused = {name: straight[0] / f"refused-{name}" for name in ("swapped", "new")}
-    disks = dict(save_dir=straight[0] / "disk-HOST")
-    jobs = [{"do": "train", "apart": True, "argv": options_of(
-        experiment_name=name, **straight[1] | disks)} for name in ("apart", *refused)]
-    for job, path in zip(jobs[1:], refused.values(), strict=True):
-        job["refused"] = str(path)
-    on_ranks(2, jobs, straight[0])
-
+    """Resumed on both; with the hosts swapped, or host 0 new, refused in words that help."""
     whole, disks = straight[0] / "straight", [straight[0] / f"disk-{d}" / "apart" for d in (0, 1)]
     assert values(disks[0]) == values(whole) and weights(disks[0]) == weights(whole)
     for disk, folder in enumerate(disks):
         found = {path.parent.name: path.name for path in folder.glob("checkpoints/*/rank-*")}
         assert found == {f"step-{step:08}": f"rank-0000{disk}.safetensors" for step in (12, 15)}
     for rank in (0, 1):
-        said = {name: Path(f"{path}.{rank}").read_text() for name, path in refused.items()}
+        said = {name: (straight[0] / f"refused-{name}.{rank}").read_text()
+                for name in ("swapped", "new")}
         assert "no checkpoint in" in said["swapped"] and "is sound" in said["swapped"]
         assert "has files of" in said["new"] and "has not its .metadata" in said["new"]
 

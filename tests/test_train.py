@@ -33,7 +33,7 @@ RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny, corpus, rows_dir):
-    """Every training run of this file, in three starts of torchrun; {name: its folder}."""
+    """Every training run of this file, in one start of torchrun; {name: its folder}."""
     folder = tmp_path_factory.mktemp("runs")
     models = {"llama": tiny} | {
         kind: build_tiny_model(folder / kind, kind)
@@ -62,14 +62,12 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "random-1": (1, "llama", dict(random_init=True, max_steps=1)),
         "random-3": (3, "llama", dict(random_init=True, max_steps=1)),
     }
-    for ranks in (1, 2, 3):
-        jobs = [
-            {"do": "train", "argv": options_of(
-                experiment_name=name, save_dir=folder, rows_dir=rows_dir,
-                model_name=models[model], dataset_name=corpus, **(RECIPE | extra))}
-            for name, (n, model, extra) in plan.items() if n == ranks
-        ]
-        on_ranks(ranks, jobs, folder)
+    on_ranks(3, [
+        {"do": "train", "ranks": ranks, "argv": options_of(
+            experiment_name=name, save_dir=folder, rows_dir=rows_dir, model_name=models[model],
+            dataset_name=corpus, **(RECIPE | extra))}
+        for name, (ranks, model, extra) in plan.items()
+    ], folder, timeout=600)
     return {name: folder / name for name in plan} | {"models": models}
 
 
