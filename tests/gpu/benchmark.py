@@ -36,6 +36,7 @@ import transformers
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.utils import is_flash_attn_2_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -69,6 +70,9 @@ OPTIONS = {
     "4 micro steps": dict(micro_steps=4),
     "as it is, again": {},
 }
+if is_flash_attn_2_available():
+    OPTIONS["`--attn-implementation flash_attention_2`"] = dict(
+        attn_implementation="flash_attention_2")
 EIGHT_B = {
     f"{'bfloat16' if float8 == 'off' else 'float8 ' + float8}, {mode}":
         dict(compile=True, float8=float8, checkpoint_activations=mode)
@@ -340,9 +344,21 @@ def time_attention(heads: int, length: int, documents: int) -> dict:
         return layers.varlen_attention(None, q, k, v, None, cu_seq_lens_q=cuts,
                                         max_length_q=length)[0]
 
+    def flash() -> torch.Tensor:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+        rows = [x.transpose(1, 2) for x in (q, k, v)]
+        if documents == 1:
+            return flash_attn_func(*rows, causal=True)
+        longest = int(cuts.diff().max())
+        return flash_attn_varlen_func(*(x[0] for x in rows), cuts, cuts, longest, longest,
+                                      causal=True)
+
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                 SDPBackend.EFFICIENT_ATTENTION]
     ways = [("varlen", varlen, contextlib.nullcontext()), ("sdpa", sdpa, contextlib.nullcontext())]
+    if is_flash_attn_2_available():
+        ways.append(("flash-attn 2", flash, contextlib.nullcontext()))
     ways += [(f"sdpa {one.name}", sdpa, sdpa_kernel(one)) for one in backends]
     found = {}
     for name, attention, context in ways:

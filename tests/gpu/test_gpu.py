@@ -16,6 +16,7 @@ import torch
 from conftest import build_tiny_model, on_ranks, options_of, read_metrics, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 import download
 import train_llm
@@ -64,7 +65,11 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "adamw-on-the-host": dict(batch_size=1, cpu_offload="optimizer", val_dataset_name=corpus),
         "gemma": dict(batch_size=2, model_name=models["gemma"]),
         "random": dict(batch_size=2, random_init=True),
+        "sdpa-open": dict(batch_size=2, attn_implementation="sdpa", document_mask=False),
     }
+    if is_flash_attn_2_available():
+        flash = dict(batch_size=2, attn_implementation="flash_attention_2")
+        options |= {"flash": flash, "flash-open": flash | dict(document_mask=False)}
     names = {}
     for ranks in (1, 2)[:GPUS]:
         jobs = []
@@ -92,7 +97,8 @@ def test_losses_on_gpus_are_those_of_plain_pytorch_up_to_bfloat16(runs, corpus, 
                  for step in range(STEPS)]
         wanted, _, _ = reference.train(model, rows.tokens, rows.marks, order=order, lr=LR, warmup=3)
         for (name, ranks), run in ((k, v) for k, v in runs.items() if k != "models"):
-            if name not in ("random", "no-sync") and (name == "gemma") == (kind == "gemma"):
+            if name not in ("random", "no-sync", "sdpa-open", "flash-open") and (
+                    name == "gemma") == (kind == "gemma"):
                 print(f"{name:>18} {ranks} GPU, largest difference"
                       f" {max(abs(a - b) for a, b in zip(losses(run), wanted, strict=True)):.4f}")
                 assert losses(run) == pytest.approx(wanted, rel=5e-3), (name, ranks)
@@ -107,6 +113,16 @@ def test_options_that_only_move_memory_change_not_one_bit(runs):
     # Units cut in other places: each rank's norm is of other parameters, and rounds differently.
     cut_otherwise = far.pop(("embedding-in-root", 2), 0)
     assert not any(far.values()) and cut_otherwise < 1e-3, (far, cut_otherwise)
+
+
+@pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+def test_flash_attn_gives_the_losses_of_pytorchs_kernels_packed_and_unpacked(runs):
+    for ranks in (1, 2)[:GPUS]:
+        for name, other in (("flash", "sdpa"), ("flash-open", "sdpa-open")):
+            found, wanted = losses(runs[name, ranks]), losses(runs[other, ranks])
+            print(name, ranks, max(abs(a - b) for a, b in zip(found, wanted, strict=True)))
+            assert found == pytest.approx(wanted, rel=5e-3)
+        assert losses(runs["flash", ranks])[0] != losses(runs["flash-open", ranks])[0]
 
 
 def test_a_step_never_waits_for_the_gpu_and_its_profile_is_written(runs):
