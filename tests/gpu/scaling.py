@@ -17,6 +17,7 @@ and, with what benchmark_offload.py and bench_load.py write, into --out as JSON.
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -37,6 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark import EIGHT_B_MORE, WIDTHS, Bench, bench_405b, median_seconds
 from conftest import ROOT, options_of, read_metrics, torchrun
 
+import ranks
+
 LAYER = 3_188_752_384  # parameters of one decoder layer as wide as 405B's
 STATE = 16  # bytes a parameter: weights, gradients, two moments
 PASS_BYTES = 50e9  # units and gradients on their way, activations, logits; seen at 405B's width
@@ -55,22 +58,22 @@ def fitting_layers(parameters: int, gpus: int) -> int:
 
 def time_collectives(out: Path) -> None:
     """Seconds that gathering and reducing one 405B layer take by themselves, on these ranks."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl")
-    part = LAYER // ranks
-    weights = torch.zeros(part * ranks, dtype=torch.bfloat16, device="cuda")
+    processes = ranks.join_processes()
+    sum_over_ranks = ranks.GradientSum(processes, torch.float32, compiled=True)
+    part, count = LAYER // processes.world_size, processes.world_size
+    weights = torch.zeros(part * count, dtype=torch.bfloat16, device="cuda")
     shard = weights[:part].clone()
     found = {
         "all_gather": median_seconds(lambda: dist.all_gather_into_tensor(weights, shard)),
         "reduce_scatter bfloat16": median_seconds(
             lambda: dist.reduce_scatter_tensor(shard, weights)),
+        "gradient sum": median_seconds(lambda: sum_over_ranks(weights, shard)),
     }
-    gradient = torch.zeros(part * ranks, device="cuda")
+    gradient = torch.zeros(part * count, device="cuda")
     own = gradient[:part].clone()
     found["reduce_scatter float32"] = median_seconds(
         lambda: dist.reduce_scatter_tensor(own, gradient))
-    if rank == 0:
+    if processes.rank == 0:
         out.write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -88,7 +91,7 @@ def bench_slices(bench: Bench, sizes: list[int], lengths: list[int]) -> None:
             continue
         alone = bench.tables[f"collectives of one 405B layer, {gpus} GPUs"] = json.loads(
             file.read_text())
-        own = 2 * alone["all_gather"] + alone["reduce_scatter float32"]
+        own = 2 * alone["all_gather"] + alone["gradient sum"]
         print(f"\ncollectives of one 405B layer, {gpus} GPUs, ms: " + ", ".join(
             f"{name} {seconds * 1e3:.1f}" for name, seconds in alone.items()))
         print("| case | s a layer | exposed share of its collectives | weak scaling |\n|" +
@@ -98,9 +101,11 @@ def bench_slices(bench: Bench, sizes: list[int], lengths: list[int]) -> None:
             for kind, row in bench.tables[f"one 405B layer, {about}, {gpus} GPUs"].items():
                 both = row["forward"] + row["backward"]
                 row["exposed"] = (both - row["unsharded"]) / own
-                row["weak scaling"] = first[kind]["step"] / row["step"] if kind in first else None
+                few = sum(first[kind][phase] for phase in ("forward", "backward")) if (
+                    kind in first) else math.nan  # the update is shared out, and would flatter
+                row["weak scaling"] = few / both
                 print(f"| {kind}, {about} | {row['step']:.4f} | {row['exposed']:.2f} |"
-                      f" {row['weak scaling'] or 0:.3f} |", flush=True)
+                      f" {row['weak scaling']:.3f} |", flush=True)
         compiled = dict(compile=True)
         bench.run(f"70B-wide, {(depth := fitting_layers(LAYER_70B, gpus))} layers, {gpus} GPUs",
                   {"bfloat16": compiled, "float8": compiled | dict(float8="tensorwise")},
