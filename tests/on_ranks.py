@@ -209,7 +209,8 @@ if __name__ == "__main__":
             continue
         {"train": train, "compare": compare, "load": load, "add_up": add_up, "copy": copy}[kind](
             **job)
-        torch.compiler.reset()
-        gc.collect()  # a model is full of cycles; the next job measures its own memory
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available() or kind == "load":
+            torch.compiler.reset()
+            gc.collect()  # a model is full of cycles; the next job measures its own memory
+            torch.cuda.empty_cache()
         torch.cuda.is_available() and torch.cuda.reset_peak_memory_stats()

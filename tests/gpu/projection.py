@@ -17,7 +17,7 @@ HEAD = HIDDEN * VOCABULARY  # parameters of the output layer, and of the embeddi
 PARAMETERS = LAYERS * LAYER + 2 * HEAD + HIDDEN
 NODE = 8  # GPUs
 PEAK = 989e12  # dense bfloat16 FLOP/s of an H100 or H200
-MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes
+MEMORY = {"H100": 81_559 * 2**20, "H200": 143_771 * 2**20}  # bytes, as nvidia-smi tells them
 ASSUMPTIONS = """\
 * Nodes of 8 GPUs; each GPU has {network:g} GB/s of network of its own, of which 0.8 are had.
 * A layer computes as it did in the slice, beside its collectives; these take longer only.
