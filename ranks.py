@@ -116,7 +116,7 @@ def while_others_wait(work: Callable, key: str, *, alone: bool, store: dist.Stor
 
 
 class GradientSum:
-    """Sums the gradient of an FSDP unit over the ranks, in `dtype`, and keeps this rank's part.
+    """Sums the gradient of an FSDP unit over the ranks, and keeps this rank's part.
 
     FSDP converts a whole gradient to float32 first (12.8 GB for a layer of 405B), sends that, and
     divides it for a mean. Here the ranks of a node send each other what they have, in bfloat16, a
@@ -128,8 +128,14 @@ class GradientSum:
     this layer is done, would wait for the sum of the layer before.
     """
 
-    def __init__(self, processes: Processes, dtype: torch.dtype, *, compiled: bool = False):
-        self.dtype, self.ranks = dtype, processes.world_size
+    def __init__(self, processes: Processes, *, given: torch.dtype, summed: torch.dtype,
+                 compiled: bool = False):
+        """`given`: the dtype of gradients; `summed`: that of their sums, and of their addition."""
+        self.given, self.summed, self.ranks = given, summed, processes.world_size
+        backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        if given == summed:
+            self.all = dist.new_group(backend=backend)
+            return
         self.add_up = torch.compile(add_up, dynamic=True) if compiled else add_up
         nodes, local = (int(os.environ.get(name, 1)) for name in
                         ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -137,23 +143,21 @@ class GradientSum:
         dist.all_reduce(even, dist.ReduceOp.MIN)
         self.nodes, self.local = (nodes, local) if even else (self.ranks, 1)
         grid = torch.arange(self.ranks).view(self.nodes, self.local)
-        backend = "nccl" if processes.device.type == "cuda" else "gloo"
         self.within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), backend=backend)
         self.between, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), backend=backend)
-        self.all = dist.new_group(backend=backend)
 
     def __call__(self, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum of each rank's `gradient`, (ranks * n,): n elements, in `shard` if it is of that
-        type; with one rank, where there is no shard, the gradient itself.
+        """The sum of each rank's `gradient`, (ranks * n,): n elements, in `shard` if that has their
+        dtype; with one rank, where there is no shard, the gradient itself.
         """
         if shard is None:
             return gradient
         # The name is that of torch 2.13, and of 2.11.
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        if gradient.dtype == self.dtype:
+        if self.given == self.summed:
             reduce_scatter(shard, gradient, group=self.all)
             return shard
-        total = torch.empty_like(shard, dtype=self.dtype)
+        total = torch.empty_like(shard, dtype=self.summed)
         parts = gradient.view(self.nodes, self.local, len(shard)).transpose(0, 1)
         size = max(1, PIECE // self.ranks)
         for mine, theirs in zip(total.split(size), parts.split(size, dim=2), strict=True):
@@ -163,7 +167,7 @@ class GradientSum:
             if self.nodes == 1:
                 self.add_up(arrived, mine[None])
             else:
-                of_node = torch.empty_like(arrived[0], dtype=self.dtype)
+                of_node = torch.empty_like(arrived[0], dtype=self.summed)
                 self.add_up(arrived, of_node)
                 reduce_scatter(mine, of_node.flatten(), group=self.between)
         return total

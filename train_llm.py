@@ -492,8 +492,9 @@ def shard(
     Sets, for the sections below: `tensor_names` (of the state dict), `shapes` (of the parameters,
     unsharded, by name), `matmul_parameters`, `sum_over_ranks`.
     """
-    dtype_of_sums = getattr(torch, args.reduce_dtype)
-    gradient_sum = GradientSum(processes, dtype_of_sums, compiled=args.compile)
+    on_gpu, dtype = processes.device.type == "cuda", compute_dtype(processes.device)
+    gradient_sum = GradientSum(processes, given=dtype, summed=getattr(torch, args.reduce_dtype),
+                               compiled=args.compile)
     facts = {
         "tensor_names": set(model.state_dict()),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
@@ -503,10 +504,9 @@ def shard(
     layer_classes = decoder_layer_classes(model)
     # A tied embedding is the output layer's weight too, which the root unit needs to the end.
     apart = {nn.Embedding} if args.wrap_embedding and not layers.tied_embeddings(model) else set()
-    on_gpu, dtype = processes.device.type == "cuda", compute_dtype(processes.device)
     # GradientSum converts gradients; with one rank there is no sum, and FSDP does. It then keeps
     # whole parameters, too, and would say so every unit.
-    reduce_dtype = dtype if processes.world_size > 1 else gradient_sum.dtype
+    reduce_dtype = dtype if processes.world_size > 1 else gradient_sum.summed
     mixed_precision = MixedPrecision(param_dtype=dtype, reduce_dtype=reduce_dtype)
     warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
     filler = weights.Filler(model, plan, layer_classes | apart, args, processes)

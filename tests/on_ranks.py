@@ -180,7 +180,10 @@ def add_up(out: str) -> None:
             wanted = torch.stack(given).double().sum(0).chunk(ranks)[here.rank]
             shard = torch.empty(1001, dtype=dtype, device=here.device)
             sum_over_ranks = train_llm.GradientSum(
-                here, torch.float32, compiled=here.device.type == "cuda" and nodes == 1)
+                here, given=dtype, summed=torch.float32,
+                compiled=here.device.type == "cuda" and nodes == 1)
+            groups = {vars(sum_over_ranks).get(name) for name in ("within", "between", "all")}
+            assert dist.group.WORLD not in groups, "sums would delay FSDP's gathers"
             total = sum_over_ranks(given[here.rank], shard)
             far = float((total - wanted).abs().max()) if total.dtype == torch.float32 else None
             found[f"{dtype}, {nodes} x {local}"] = far

@@ -59,7 +59,8 @@ def fitting_layers(parameters: int, gpus: int) -> int:
 def time_collectives(out: Path) -> None:
     """Seconds that gathering and reducing one 405B layer take by themselves, on these ranks."""
     processes = ranks.join_processes()
-    sum_over_ranks = ranks.GradientSum(processes, torch.float32, compiled=True)
+    sum_over_ranks = ranks.GradientSum(
+        processes, given=torch.bfloat16, summed=torch.float32, compiled=True)
     part, count = LAYER // processes.world_size, processes.world_size
     weights = torch.zeros(part * count, dtype=torch.bfloat16, device="cuda")
     shard = weights[:part].clone()
