@@ -12,6 +12,8 @@ the device, 1 if no update may be made any more; `unchanged`, what Sample.compar
 A *unit* is what FSDP gathers at once: a decoder layer, an embedding, or the root with the rest.
 """
 
+import bisect
+import itertools
 import logging
 import math
 import os
@@ -145,6 +147,7 @@ def add_up_offloaded_gradients(model: FSDP) -> None:
 # Nothing is stale: every pass sees the weights that it would have seen without offload. Cost: the
 # step hides behind the first forward pass after it, so it is hidden as far as the CPU steps a unit
 # no slower than the GPU computes one; the first units, with nothing to hide behind, are waited for.
+# Where a GPU has memory to spare, their slabs stay there, and the GPU steps them before all others.
 
 
 @dataclass(eq=False)
@@ -152,11 +155,11 @@ class Unit:
     """One FSDP unit on this rank: n elements of its flattened parameters, padding included."""
 
     weights: torch.Tensor  # (n,) on the device, what FSDP gathers
-    slab: torch.Tensor  # (4, n) float32 in host memory: weights, first and second moment, gradient
+    slab: torch.Tensor  # (4, n) float32: weights, first and second moment, gradient
     parts: list[slice]  # where each parameter lies in n
     adamw: torch.optim.AdamW | None  # of those parts; None if this rank holds none
     norms: list[torch.Tensor] = field(default_factory=list)  # of each part's gradient, on device
-    landed: object = None  # device event: the gradient is in host memory
+    landed: object = None  # device event: the gradient is in the slab
     ready: Future | None = None  # stepped; results in the device event after which weights are up
 
 
@@ -164,12 +167,14 @@ class HostAdamW:
     """AdamW on float32 weights and moments in host memory, in a thread beside the main one.
 
     `model`, sharded in float32, is turned to `dtype`, what FSDP gathers and computes with.
-    `build_adamw` makes a fused AdamW of (name, tensor) pairs. An error in the worker is raised in
-    the main thread, by whatever next waits for it. See the top for the methods.
+    `build_adamw` makes a fused AdamW of (name, tensor) pairs. The slabs of the first units, as many
+    as `bytes_on_device` holds, stay there. An error in the worker is raised in the main thread, by
+    whatever next waits for it. See the top for the methods.
     """
 
     def __init__(
-        self, model: FSDP, build_adamw: Callable[[Iterable], torch.optim.AdamW], dtype: torch.dtype
+        self, model: FSDP, build_adamw: Callable[[Iterable], torch.optim.AdamW], dtype: torch.dtype,
+        *, bytes_on_device: float = 0,
     ):
         self.model, self.device = model, next(model.parameters()).device
         self.api = torch.get_device_module(self.device)  # torch.cuda; on CPU processes torch.cpu
@@ -177,23 +182,31 @@ class HostAdamW:
         self.found_inf = self.norm = torch.zeros((), device=self.device)
         self.unchanged = self.comparison = None
         self.units, self.slices = [], {}
-        self.take_over(model, build_adamw, dtype)
+        self.take_over(model, build_adamw, dtype, bytes_on_device)
         self.param_groups = [{"lr": 0.0}]  # of the step to come; the worker may be at one before
         self.sample = Sample([part.tensor for name, part in self.slices.items()
-                              if name.startswith("model.")])
+                              if name.startswith("model.")], to="cpu")
         self.worker = ThreadPoolExecutor(
             1, "adamw", initializer=self.api.set_device, initargs=(self.device,)
         )
 
-    def take_over(self, model: FSDP, build_adamw: Callable, dtype: torch.dtype) -> None:
-        """Copy the weights to host memory, make those on the device `dtype`, hook into FSDP."""
+    def take_over(
+        self, model: FSDP, build_adamw: Callable, dtype: torch.dtype, bytes_on_device: float
+    ) -> None:
+        """Copy the weights into slabs, make those that FSDP has `dtype`, hook into FSDP."""
         shards = list(checkpoints.own_units(model))
         sizes = [shard.numel() for _, shard, _ in shards]
-        slab = pinned(4, sum(sizes), self.device)
+        stay = bisect.bisect(list(itertools.accumulate(16 * size for size in sizes)),
+                             bytes_on_device)
+        if bytes_on_device:
+            log.info("cpu offload: the optimizer's state of %d of %d units stays on the device",
+                     stay, len(sizes))
+        slab = pinned(4, sum(sizes[stay:]), self.device)
         if slab.is_pinned():
             unpin = torch.cuda.cudart().cudaHostUnregister
             weakref.finalize(self, unpin, slab.data_ptr()).atexit = False
-        slabs = slab.split(sizes, dim=1)
+        slabs = [torch.zeros(4, size, device=self.device) for size in sizes[:stay]]
+        slabs += slab.split(sizes[stay:], dim=1)
         for slab, (_, shard, _) in zip(slabs, shards, strict=True):
             slab[0].copy_(shard)
         # As model.to(dtype), which FSDP allows before the first forward pass; but buffers, such as
@@ -214,7 +227,7 @@ class HostAdamW:
             adamw = build_adamw(named) if named else None
             for name, master in named:
                 moments = {kind: self.slices[f"{kind}.{name}"].tensor for kind in MOMENTS}
-                adamw.state[master] = {"step": torch.zeros(()), **moments}
+                adamw.state[master] = {"step": torch.zeros((), device=slab.device), **moments}
             unit = Unit(shard, slab, parts, adamw)
             self.units.append(unit)
             # register_comm_hook takes one state for all units; a hook that is to know its unit
@@ -269,13 +282,14 @@ class HostAdamW:
         for unit in self.units:
             job = (unit, scale, self.param_groups[0]["lr"], bool(unit.norms))
             unit.ready, unit.norms = self.worker.submit(self.step_unit, *job), []
-        self.comparison = self.worker.submit(self.sample.compare)
+        self.comparison = self.worker.submit(self.compare_sample)
 
     def read_scale(self, outlook: torch.Tensor, max_norm: float, events: tuple) -> float | None:
         """By what to divide the gradients; None: no update. Waits for the GPU, in the worker."""
         for event in events:
             event.synchronize()
-        self.sample.take()
+        with self.api.stream(self.up):  # behind whose work lies what there is on the device
+            self.sample.take()
         norm, bad = outlook.tolist()
         return None if bad else max(1.0, (norm + 1e-6) / max_norm)
 
@@ -285,9 +299,15 @@ class HostAdamW:
         if scale is not None and has_gradient:
             for group in unit.adamw.param_groups:
                 group["lr"] = lr
-            unit.adamw.grad_scale = None if scale == 1 else torch.tensor(scale)
-            unit.adamw.step()
+            with self.api.stream(self.up):  # where the slab is on the device
+                unit.adamw.grad_scale = None if scale == 1 else torch.tensor(
+                    scale, device=unit.slab.device)
+                unit.adamw.step()
         return self.send_up(unit)
+
+    def compare_sample(self) -> torch.Tensor:
+        with self.api.stream(self.up):
+            return self.sample.compare()
 
     def send_up(self, unit: Unit) -> object:
         with self.api.stream(self.up):
@@ -339,15 +359,19 @@ def used_on(stream: torch.Stream, tensor: torch.Tensor) -> None:
 
 
 class Sample:
-    """About 2**16 of this rank's weights, to see what share of them a step leaves as it was."""
+    """About 2**16 of this rank's weights, to see what share of them a step leaves as it was.
 
-    def __init__(self, weights: list[torch.Tensor]):
-        held = [weight for weight in weights if weight.numel()]
+    `to`: where they are compared, if they lie on several devices.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], to: str | None = None):
+        self.to, held = to, [weight for weight in weights if weight.numel()]
         self.weights = held[:: math.ceil(len(held) / 64) or 1]
         self.stride = max(1, sum(weight.numel() for weight in self.weights) // 2**16)
 
     def values(self) -> torch.Tensor:
-        parts = [weight.detach().flatten()[:: self.stride] for weight in self.weights]
+        parts = [weight.detach().flatten()[:: self.stride].to(self.to or weight.device)
+                 for weight in self.weights]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def take(self) -> None:

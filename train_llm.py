@@ -137,6 +137,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cpu-offload", choices=["off", "on", "optimizer"], default="off",
         help="optimizer: float32 weights and AdamW's state in host memory, stepped beside the GPUs"
         " (16 bytes a parameter there, 2 on the GPU); on: all in host memory, and the GPUs wait")
+    add("--gpu-optimizer-gib", type=float, default=0.0, help="with --cpu-offload optimizer: GiB of"
+        " each GPU that keep the state of the first layers there (16 bytes a parameter)")
     add("--attn-implementation", default="auto", help="attention kernel, as transformers names it"
         " (sdpa, eager, flash_attention_2, ...), or varlen: PyTorch's own for rows of several"
         " documents; auto: the fastest that is installed and right for this model and device")
@@ -183,7 +185,7 @@ def check_options(args: argparse.Namespace) -> None:
         1: ("num_epochs", "max_steps", "global_batch_size", "batch_size", "log_freq",
             "keep_checkpoints", "profile", "val_freq"),
         0: ("seed", "warmup_steps", "weight_decay", "max_grad_norm", "min_lr_ratio", "lr",
-            "ckpt_freq", "loss_chunk"),
+            "ckpt_freq", "loss_chunk", "gpu_optimizer_gib"),
         2: ("seq_length",),
     }.items():
         for name in names:
@@ -201,42 +203,42 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if Path(args.experiment_name).name != args.experiment_name or args.experiment_name[:1] in ".-":
         raise OptionError(f"--experiment-name {args.experiment_name!r} must be a plain folder name")
-    if args.random_init and args.load != "auto":
-        raise OptionError(f"--load {args.load} has no effect with --random-init; leave it out")
     if args.val_dataset_name and args.val_fraction:
         raise OptionError("--val-dataset-name and --val-fraction exclude each other; give one")
     if (args.eval_only or args.val_freq) and not (args.val_dataset_name or args.val_fraction):
         raise OptionError("--eval-only and --val-freq need --val-dataset-name or --val-fraction")
-    if args.val_dataset_split and not args.val_dataset_name:
-        raise OptionError("--val-dataset-split has no effect without --val-dataset-name")
+    on_gpu = torch.cuda.is_available()
     if args.float8 != "off":
         if importlib.util.find_spec("torchao") is None:
             raise OptionError(f"--float8 {args.float8} needs torchao: pip install torchao")
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        if not on_gpu or torch.cuda.get_device_capability() < (8, 9):
             raise OptionError(f"--float8 {args.float8} needs a GPU with float8 units (H100, H200,"
                               " B200, L40 or newer)")
         if not args.compile:
             raise OptionError(f"--float8 {args.float8} is slower than bfloat16 unless its casts are"
                               " fused: add --compile")
-    alone = torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1"
-    if args.compile and alone and args.global_batch_size > args.batch_size:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if args.compile and on_gpu and alone and args.global_batch_size > args.batch_size:
         # torch 2.11: of weights that are not sharded, the compiler copies a gradient in float32 to
         # a bfloat16 view, and stops, when it must compile anew while gradients are kept.
         raise OptionError("--compile on one GPU cannot accumulate gradients; let --batch-size be"
                           " --global-batch-size, use more GPUs, or leave --compile out")
-    if args.cpu_offload == "on" and not torch.cuda.is_available():
-        raise OptionError("--cpu-offload on needs a GPU, and there is none; leave it out")
     if args.cpu_offload == "optimizer" and args.forward_prefetch:
         raise OptionError("--forward-prefetch would gather layers that --cpu-offload optimizer has"
                           " not stepped yet; leave one of them out")
-    if not torch.cuda.is_available():
-        useless = {
-            "--reduce-dtype bfloat16": args.reduce_dtype != "float32",
-            "--forward-prefetch": args.forward_prefetch,
-            "--no-limit-all-gathers": not args.limit_all_gathers,
-        }
-        for option in (name for name, given in useless.items() if given):
-            raise OptionError(f"{option} has no effect without a GPU; leave it out")
+    for option, given, has_effect, where in (
+        (f"--load {args.load}", args.load != "auto", not args.random_init, "with --random-init"),
+        ("--val-dataset-split", args.val_dataset_split, args.val_dataset_name,
+         "without --val-dataset-name"),
+        ("--gpu-optimizer-gib", args.gpu_optimizer_gib, args.cpu_offload == "optimizer",
+         "without --cpu-offload optimizer"),
+        ("--cpu-offload on", args.cpu_offload == "on", on_gpu, "without a GPU"),
+        ("--reduce-dtype bfloat16", args.reduce_dtype != "float32", on_gpu, "without a GPU"),
+        ("--forward-prefetch", args.forward_prefetch, on_gpu, "without a GPU"),
+        ("--no-limit-all-gathers", not args.limit_all_gathers, on_gpu, "without a GPU"),
+    ):
+        if given and not has_effect:
+            raise OptionError(f"{option} has no effect {where}; leave it out")
 
 
 def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
@@ -340,6 +342,7 @@ def describe(
 ) -> str:
     """What will run, in words: nothing about precision, kernel or size is left to be assumed."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
+    kept = f" but for {args.gpu_optimizer_gib:g} GiB a GPU" if args.gpu_optimizer_gib else ""
     compute = str(compute_dtype(processes.device)).removeprefix("torch.")
     if args.float8 != "off":
         compute += f", products of the layers in float8 {args.float8}"
@@ -355,7 +358,7 @@ def describe(
 {", initialised at random" if args.random_init else ""}
   processes  {processes.world_size} on {processes.device.type}
   precision  parameters, gradients, optimizer state float32, sharded; compute {compute}; gradient\
- sums {args.reduce_dtype}; export {args.export_dtype}; CPU offload {args.cpu_offload}
+ sums {args.reduce_dtype}; export {args.export_dtype}; CPU offload {args.cpu_offload}{kept}
   attention  {model.config._attn_implementation}, documents in a row\
  {"apart" if args.document_mask else "see each other"}; activation checkpointing\
  {args.checkpoint_activations}; layers {"compiled" if args.compile else "not compiled"}
@@ -633,7 +636,8 @@ def build_optimizer(
         )
 
     if args.cpu_offload == "optimizer":
-        return offload.HostAdamW(model, adamw, compute_dtype(processes.device))
+        return offload.HostAdamW(model, adamw, compute_dtype(processes.device),
+                                 bytes_on_device=args.gpu_optimizer_gib * 2**30)
     accumulates = args.global_batch_size > args.batch_size * processes.world_size
     return offload.ShardAdamW(model, adamw, add_up=args.cpu_offload == "on" and accumulates)
 

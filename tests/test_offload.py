@@ -1,6 +1,7 @@
 """AdamW in host memory: the same numbers, whatever its worker does; needs no GPU."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         job("optimizer", batch_size=8),
         job("off-accumulated", cpu_offload="off", ckpt_freq=3),
         job("accumulated", **EXPORTED),
+        job("kept", gpu_optimizer_gib=3e-4, **EXPORTED),
         job("late", {"seconds": 0.02}, async_checkpoint="on", **EXPORTED),
         job("still", lr=0, max_steps=2),
         job("still-off", lr=0, max_steps=2, cpu_offload="off"),
@@ -55,6 +57,7 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     ]
     done = on_two_ranks(jobs, folder)
     assert done.returncode == 0, told(done.stderr)
+    (folder / "said").write_text(done.stderr)
     return folder, job
 
 
@@ -94,6 +97,13 @@ def test_a_late_worker_and_saves_in_the_middle_change_not_one_bit(runs):
     late, straight = runs[0] / "late", runs[0] / "accumulated"
     assert values(late) == values(straight) and weights(late) == weights(straight)
     assert values(late, "grad_norm") == values(straight, "grad_norm")
+
+
+def test_state_that_stays_on_the_device_changes_not_one_bit(runs):
+    kept, straight = runs[0] / "kept", runs[0] / "accumulated"
+    assert values(kept) == values(straight) and weights(kept) == weights(straight)
+    [said] = re.findall(r"state of (\d+) of (\d+) units stays", (runs[0] / "said").read_text())
+    assert 0 < int(said[0]) < int(said[1])
 
 
 def test_update_lost_is_the_share_of_weights_that_a_step_left_as_they_were(runs):
@@ -154,8 +164,9 @@ def test_an_error_in_the_worker_stops_every_rank_and_is_told_once(runs, after):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(cpu_offload="on"), "--cpu-offload on needs a GPU"),
+    (dict(cpu_offload="on"), "--cpu-offload on has no effect without a GPU"),
     (dict(cpu_offload="optimizer", forward_prefetch=True), "leave one of them out"),
+    (dict(gpu_optimizer_gib=2), "no effect without --cpu-offload optimizer"),
 ])
 def test_offload_that_cannot_work_is_refused(options, words, tiny, corpus):
     with pytest.raises(train_llm.OptionError, match=words):

@@ -5,11 +5,12 @@
 Groups, each one start of the processes, through the script itself:
   numbers  losses of off, on and optimizer, clipping active, 1 and 4 micro steps (--model: real one)
   wide     layers as wide as Llama 3.1 405B's: the update hidden, exposed, and left out, in one run
+  kept     the same, where the state of the first layer stays on the GPUs (--gpu-optimizer-gib)
   deep     the same with more and narrower layers, as wide as 70B's
   memory   peak GPU and host memory a parameter, three modes at two sizes
   killed   a rank killed in the middle of an overlapped step, and the run resumed
 Prints a table a group; writes offload.json and traces into --out ($OUT). A failing case is told and
-left out. Host memory for wide and deep: 16 bytes a parameter, 153 and 192 GB at full size.
+left out. Host memory for wide, kept and deep: 16 bytes a parameter, 153, 153 and 192 GB.
 """
 
 import argparse
@@ -81,7 +82,8 @@ class Watch:
         started = time.time_ns()
         event = STEP_UNIT(optimizer, unit, scale, *job)
         place = next(i for i, other in enumerate(optimizer.units) if other is unit)
-        self.units.append((step, place, started, time.time_ns()))
+        if not unit.slab.is_cuda:  # those that the GPU steps are no part of the CPU's time
+            self.units.append((step, place, started, time.time_ns(), unit.slab.shape[1]))
         return event
 
     def profile(self, step: int) -> None:
@@ -105,7 +107,7 @@ class Watch:
         trace["traceEvents"] += [
             {"ph": "X", "name": f"AdamW on the host, unit {unit}", "pid": "worker", "tid": "worker",
              "ts": (start - base) / 1e3, "dur": (end - start) / 1e3}
-            for step, unit, start, end in self.units if self.phase(step) == "traced"
+            for step, unit, start, end, _ in self.units if self.phase(step) == "traced"
         ]
         with gzip.open(f"{self.trace}.gz", "wt") as file:
             json.dump(trace, file)
@@ -302,13 +304,14 @@ class Bench:
         self.tell("numbers", table, {"rounding": rounding, "losses": losses}, log, found)
 
     def hidden(self, group: str, *, hidden: int, mlp: int, layers: int, heads: int, batch: int,
-               tokens: int, elements: int) -> None:
+               tokens: int, elements: int, gpu_optimizer_gib: float = 0) -> None:
         model = self.model(group, hidden=hidden, mlp=mlp, layers=layers, heads=heads)
         trace = str(self.args.out / f"trace-{group}.json")
         jobs = [
             {"name": f"bandwidth-{group}", "elements": elements},
             self.job(group, model, cpu_offload="optimizer", seq_length=tokens, batch_size=batch,
                      global_batch_size=batch * GPUS, max_steps=len(PHASES), lr=1e-5,
+                     gpu_optimizer_gib=gpu_optimizer_gib,
                      extra={"phases": PHASES, "trace": trace}),
         ]
         found, log = self.run(jobs)
@@ -319,17 +322,19 @@ class Bench:
         print("bandwidth over all ranks, GB/s:", {k: round(v, 1) for k, v in bandwidth.items()})
         if any("error" in result for result in found[group]):
             return self.tell(group, [], {"bandwidth": bandwidth}, log, found)
-        rows, count, table = self.rows(group), self.parameters(model), []
+        rows, table = self.rows(group), []
         own = {}  # CPU seconds of each step: the slowest rank's
         for rank in found[group]:
             seconds = {}
-            for step, _, start, end in rank["units"]:
+            for step, _, start, end, _ in rank["units"]:
                 seconds[step] = seconds.get(step, 0) + (end - start) / 1e9
             own = {step: max(value, own.get(step, 0)) for step, value in seconds.items()}
         # The first row of a phase still holds the update before it.
         steps = {phase: [i for i, p in enumerate(PHASES) if p == phase][1:] for phase in PHASES}
         seconds = {phase: statistics.median(rows[i]["step_seconds"] for i in chosen)
                    for phase, chosen in steps.items() if chosen}
+        count = sum(unit[4] for rank in found[group] for unit in rank["units"]
+                    if unit[0] == steps["hidden"][-1])  # parameters that the CPUs step
         for phase in ("hidden", "exposed", "left out"):
             cpu = [own[i] for i in steps[phase] if i in own]
             cpu = statistics.median(cpu) if cpu else None
@@ -343,9 +348,10 @@ class Bench:
                 "CPU step GB/s": (32 if clipped else 28) * count / cpu / 1e9 if cpu else None,
                 "MFU": statistics.median(rows[i]["mfu"] or 0 for i in steps[phase]),
             })
-        units = sorted((u, (e - s) / 1e9) for st, u, s, e in found[group][0]["units"]
+        units = sorted((u, (e - s) / 1e9) for st, u, s, e, _ in found[group][0]["units"]
                        if st == steps["hidden"][-1])
-        more = {"bandwidth": bandwidth, "parameters": count, "units of one step": units,
+        more = {"bandwidth": bandwidth, "parameters": self.parameters(model),
+                "parameters on the host": count, "units of one step": units,
                 "gpu_peak_gib": found[group][0].get("gpu_peak_gib"), "batch": batch,
                 "host_peak_gib": [r["host_peak_gib"] for r in found[group]]}
         self.tell(group, table, more, log, found)
@@ -442,7 +448,12 @@ def main() -> None:
     if args.quick:
         wide = deep = dict(hidden=256, mlp=512, layers=2, heads=4, batch=2, tokens=128,
                            elements=1 << 22)
+    # The root, the embedding and the first layer stay on the GPUs.
+    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=12, layers=4)
+    if args.quick:
+        kept = dict(gpu_optimizer_gib=0.02)
     groups = {"numbers": bench.numbers, "wide": lambda: bench.hidden("wide", **wide),
+              "kept": lambda: bench.hidden("kept", **wide | kept),
               "deep": lambda: bench.hidden("deep", **deep), "memory": bench.memory,
               "killed": bench.killed}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
