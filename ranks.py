@@ -161,8 +161,9 @@ class GradientSum:
         parts = gradient.view(self.nodes, self.local, len(shard)).transpose(0, 1)
         size = max(1, PIECE // self.ranks)
         for mine, theirs in zip(total.split(size), parts.split(size, dim=2), strict=True):
-            sent = [part.contiguous() for part in theirs]  # (nodes, size) for each; on one node
-            arrived = torch.empty_like(theirs, memory_format=torch.contiguous_format)  # no copy
+            # (local, nodes, size); on one node each part is contiguous as it is, and not copied.
+            sent = [part.contiguous() for part in theirs]
+            arrived = torch.empty_like(theirs, memory_format=torch.contiguous_format)
             dist.all_to_all(list(arrived), sent, group=self.within)
             if self.nodes == 1:
                 self.add_up(arrived, mine[None])
