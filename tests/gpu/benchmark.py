@@ -20,6 +20,7 @@ output as Markdown and into benchmark.json. --only is searched for in "table: ca
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -104,11 +105,10 @@ def build_slice(folder: Path, width: str, layers: int, vocabulary: int) -> Path:
 
 def write_text(path: Path, megabytes: int) -> Path:
     """Documents of Python's own library, again and again."""
-    sources = [file.read_text(errors="ignore") for file in sorted(Path(json.__file__).parents[1]
-                                                                  .glob("*.py"))]
+    sources = itertools.cycle(sorted(Path(json.__file__).parents[1].glob("*.py")))
     with path.open("w") as file:
         while file.tell() < megabytes * 10**6:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in sources)
+            file.write(json.dumps({"text": next(sources).read_text(errors="ignore")}) + "\n")
     return path
 
 
@@ -123,7 +123,7 @@ class Bench:
 
     def __init__(self, folder: Path, gpus: int, only: str, out: Path):
         self.only, self.out = only, out
-        self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 16)
+        self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 4)
         self.versions, self.tables, self.runs, self.layer_seconds = {}, {}, 0, {}
 
     def run(self, table: str, cases: dict, *, width: str, layers: int, seq_length: int,

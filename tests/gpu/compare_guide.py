@@ -117,7 +117,7 @@ def main() -> None:
         whole.to("cpu").save_pretrained(model)
         del whole
         torch.cuda.empty_cache()
-        data = write_text(folder / "text.jsonl", 16)
+        data = write_text(folder / "text.jsonl", 4)
         rows = download.prepare_rows(model_name=str(model), dataset_name=str(data),
                                      seq_length=LENGTH, rows_dir=folder / "rows")
         script = mend(args.guide, folder / "guide_train_llm.py")
