@@ -365,8 +365,8 @@ def describe(
   rows       {len(rows) if rows else "not prepared yet"}, {args.seq_length} tokens, from\
  {" ".join(args.dataset_name)}
   validation {validation}
-  step       {args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens,\
- as {args.global_batch_size // micro} micro steps of {micro} rows over all ranks
+  step       {args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens;\
+ micro steps {args.global_batch_size // micro}, each {micro} rows over all ranks
   steps      {steps}; lr {args.lr:g} after {args.warmup_steps} warmup steps, then a cosine to\
  {args.lr * args.min_lr_ratio:g}
   output     {args.save_dir / args.experiment_name}"""
