@@ -130,9 +130,15 @@ def torchrun(
 
 def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300) -> None:
     """Run the jobs of tests/on_ranks.py, all in one start of `ranks` processes."""
+    import torch
+
     file = folder / f"jobs-{ranks}.json"
     file.write_text(json.dumps(jobs))
-    done = torchrun(ranks, "tests/on_ranks.py", file, timeout=timeout)
+    if torch.cuda.is_available():
+        done = torchrun(ranks, "tests/on_ranks.py", file, timeout=timeout)
+    else:
+        done = run([sys.executable, "tests/forked.py", ranks, free_port(), "tests/on_ranks.py",
+                    file], timeout=timeout)
     assert done.returncode == 0, done.stderr[-30000:]
 
 

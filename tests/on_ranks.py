@@ -1,4 +1,4 @@
-"""Under torchrun: run several jobs in one start of the processes, since starting costs seconds.
+"""Under torchrun, or forked.py: run several jobs in one start of the processes, which costs seconds.
 
     torchrun ... tests/on_ranks.py JOBS.json
 
