@@ -1,4 +1,4 @@
-"""Under torchrun, or forked.py: run several jobs in one start of the processes, which costs seconds.
+"""Under torchrun, or forked.py: several jobs in one start of the processes, which costs seconds.
 
     torchrun ... tests/on_ranks.py JOBS.json
 
