@@ -15,7 +15,6 @@ import logging
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import build_tiny_model, options_of, read_metrics, write_corpus
+from conftest import build_tiny_model, free_port, options_of, read_metrics, write_corpus
 
 import download
 import train_llm
@@ -33,10 +32,7 @@ RANKS = 2
 
 def start(options: list[str], log: Path) -> list[int]:
     """Fork the ranks of one attempt; their process ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
+    port, pids = free_port(), []
     for rank in range(RANKS):
         pid = os.fork()
         if pid == 0:
