@@ -1,0 +1,61 @@
+"""tests/gpu/projection.py: its arithmetic, on slices made up so that the answer is known."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests/gpu"))
+import projection
+
+
+def slices(*, forward: float, backward: float, gather: float = 0.01) -> dict:
+    """Tables as scaling.py writes them: 50 GB of memory do not shrink, 60 GB are shared out."""
+    tables = {
+        f"405B-wide, 2 layers, 4,096 tokens, {gpus} GPUs":
+            {"bfloat16": {"peak_reserved_gib": (50e9 + 60e9 / gpus) / 2**30}}
+        for gpus in (2, 4)
+    }
+    tables["one 405B layer, 4,096 tokens, 2 GPUs"] = {"bfloat16": {
+        "forward": forward, "backward": backward, "update": 0.02, "unsharded": 0.15}}
+    tables["collectives of one 405B layer, 2 GPUs"] = {"all_gather": gather}
+    return tables
+
+
+def project(tables: dict, **changes) -> dict:
+    rows, _ = projection.project(
+        tables, **dict(gpus=64, network=50e9, host=300e9) | changes)
+    return rows[0]
+
+
+def test_what_collectives_hide_behind_is_what_a_step_takes():
+    row = project(slices(forward=0.05, backward=0.14))
+    assert row["GPUs"] == "64 H100" and row["tokens"] == 4096
+    assert 126 * 0.05 < row["forward"] < 126 * 0.05 + 0.1  # and a gather, and the head
+    assert 126 * 0.14 < row["backward"] < 126 * 0.14 + 0.2
+    assert row["tokens/s/GPU"] == pytest.approx(4096 / row["step"])
+    assert 0.3 < row["MFU"] < 0.6
+
+
+def test_collectives_longer_than_the_computation_are_waited_for():
+    quick, slow = (project(slices(forward=0.05, backward=0.14), network=n) for n in (50e9, 5e9))
+    # A node of 8 takes in 7/8 of a layer in bfloat16, at 0.8 of the rate.
+    gather = 2 * projection.LAYER * 7 / 8 / 8 / (0.8 * 5e9)
+    assert gather > 0.05
+    assert slow["forward"] - quick["forward"] == pytest.approx(126 * (gather - 0.05), rel=0.02)
+
+
+def test_what_does_not_fit_goes_to_the_host():
+    row = project(slices(forward=0.05, backward=0.14))
+    assert row["options"] == "--cpu-offload optimizer --checkpoint-activations offload"
+    state = 2 * projection.PARAMETERS / 64
+    assert row["GB"] == pytest.approx((50e9 + 4 * projection.HEAD + state) / 1e9)
+    assert row["fits"]
+    assert not project(slices(forward=0.05, backward=0.14), gpus=16)["fits"]
+
+
+def test_memory_measured_on_one_number_of_gpus_alone_is_refused():
+    tables = slices(forward=0.05, backward=0.14)
+    del tables["405B-wide, 2 layers, 4,096 tokens, 4 GPUs"]
+    with pytest.raises(SystemExit, match="two numbers of GPUs"):
+        project(tables)
