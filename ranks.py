@@ -125,7 +125,8 @@ class GradientSum:
 
     The groups are its own, since NCCL runs the collectives of one group one after the other, in the
     order of their issue: in FSDP's group, the gather of the next layer, which is to be ready when
-    this layer is done, would wait for the sum of the layer before.
+    this layer is done, would wait for the sum of the layer before. Two at once cannot lock each
+    other out: ranks issue them in the same order, and an H200 has room for both (24 and 32 blocks).
     """
 
     def __init__(self, processes: Processes, *, given: torch.dtype, summed: torch.dtype,
