@@ -533,7 +533,6 @@ def shard(
     filler.finish(sharded)
     if on_gpu:  # what whole units in float32 took while they were loaded
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     for name, fact in facts.items():
         setattr(sharded, name, fact)
     return sharded
@@ -736,6 +735,9 @@ class Meter:
             config, state.model.matmul_parameters, args.seq_length
         )
         self.pending, self.alloc_retries = [], 0
+        if processes.device.type == "cuda":  # what loading took is not what training takes
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_accumulated_memory_stats()  # the retries
         self.spans: list[tuple] = []  # (phase, its start, its end)
         self.row_started = time.perf_counter()
         self.steps = planned_steps(args, rows)
@@ -863,7 +865,8 @@ def evaluate(model: nn.Module, args: argparse.Namespace, processes: Processes) -
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Most so far, in GiB: allocated and reserved on the GPU, or resident in a CPU process.
+    """Most so far, in GiB: allocated and reserved on the GPU, or resident in a CPU process; on the
+    GPU since training began.
 
     `alloc_retries`: how often the GPU stood still because all memory was reserved.
     """
