@@ -168,8 +168,8 @@ class HostAdamW:
 
     `model`, sharded in float32, is turned to `dtype`, what FSDP gathers and computes with.
     `build_adamw` makes a fused AdamW of (name, tensor) pairs. The slabs of the first units, as many
-    as `bytes_on_device` holds, stay there. An error in the worker is raised in the main thread, by
-    whatever next waits for it. See the top for the methods.
+    as `bytes_on_device` holds, stay there; raises InputError if it holds none. An error in the
+    worker is raised in the main thread, by whatever next waits for it. The methods: see the top.
     """
 
     def __init__(
@@ -198,6 +198,10 @@ class HostAdamW:
         sizes = [shard.numel() for _, shard, _ in shards]
         stay = bisect.bisect(list(itertools.accumulate(16 * size for size in sizes)),
                              bytes_on_device)
+        if bytes_on_device and not stay:
+            raise InputError(f"--gpu-optimizer-gib {bytes_on_device / 2**30:g} holds no state: that"
+                             f" of the first unit takes {16 * sizes[0] / 2**30:.3g} GiB on this"
+                             " rank; give more, or leave it out")
         if bytes_on_device:
             log.info("cpu offload: the optimizer's state of %d of %d units stays on the device",
                      stay, len(sizes))

@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="optimizer: float32 weights and AdamW's state in host memory, stepped beside the GPUs"
         " (16 bytes a parameter there, 2 on the GPU); on: all in host memory, and the GPUs wait")
     add("--gpu-optimizer-gib", type=float, default=0.0, help="with --cpu-offload optimizer: GiB of"
-        " each GPU that keep the state of the first layers there (16 bytes a parameter)")
+        " each GPU in which the state of the first layers stays (16 bytes a parameter)")
     add("--attn-implementation", default="auto", help="attention kernel, as transformers names it"
         " (sdpa, eager, flash_attention_2, ...), or varlen: PyTorch's own for rows of several"
         " documents; auto: the fastest that is installed and right for this model and device")

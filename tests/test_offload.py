@@ -173,6 +173,13 @@ def test_offload_that_cannot_work_is_refused(options, words, tiny, corpus):
         main_in_process(experiment_name="x", model_name=tiny, dataset_name=corpus, **options)
 
 
+def test_room_on_the_gpu_for_no_unit_is_refused(tiny, corpus, rows_dir, tmp_path):
+    with pytest.raises(train_llm.InputError, match="first unit takes 0.000.* GiB on this rank"):
+        main_in_process(experiment_name="x", save_dir=tmp_path, model_name=tiny, seq_length=32,
+                        dataset_name=corpus, rows_dir=rows_dir, cpu_offload="optimizer",
+                        gpu_optimizer_gib=1e-6)
+
+
 def test_lists_of_cores_are_read_as_linux_writes_them():
     assert offload.numbers("0-2,8\n") == {0, 1, 2, 8}
     assert offload.numbers("5") == {5} and offload.numbers("\n") == set()
