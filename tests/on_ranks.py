@@ -193,10 +193,14 @@ def add_up(out: str) -> None:
 
 
 def copy(run: str, to: str, without: list[str]) -> None:
-    if int(os.environ["RANK"]) == 0:  # the others wait for it in the next job
-        shutil.copytree(run, to)
-        for path in (path for glob in without for path in Path(to).glob(glob)):
+    if int(os.environ["RANK"]) == 0:
+        begun = Path(f"{to}.begun")
+        shutil.copytree(run, begun)
+        for path in (path for glob in without for path in begun.glob(glob)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        begun.rename(to)
+    while not Path(to).exists():  # the next job looks at it before its ranks meet
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":
