@@ -198,11 +198,12 @@ class HostAdamW:
         sizes = [shard.numel() for _, shard, _ in shards]
         stay = bisect.bisect(list(itertools.accumulate(16 * size for size in sizes)),
                              bytes_on_device)
-        if bytes_on_device and not stay:
-            raise InputError(f"--gpu-optimizer-gib {bytes_on_device / 2**30:g} holds no state: that"
-                             f" of the first unit takes {16 * sizes[0] / 2**30:.3g} GiB on this"
-                             " rank; give more, or leave it out")
         if bytes_on_device:
+            if not stay:
+                raise InputError(
+                    f"--gpu-optimizer-gib {bytes_on_device / 2**30:g} holds no state: that of the"
+                    f" first unit takes {16 * sizes[0] / 2**30:.3g} GiB on this rank; give more, or"
+                    " leave it out")
             log.info("cpu offload: the optimizer's state of %d of %d units stays on the device",
                      stay, len(sizes))
         slab = pinned(4, sum(sizes[stay:]), self.device)

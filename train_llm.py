@@ -57,13 +57,7 @@ import offload
 import weights
 from checkpoints import clean, write_json
 from download import InputError, first_line
-from ranks import (
-    GradientSum,
-    Processes,
-    join_processes,
-    planned_processes,
-    while_others_wait,
-)
+from ranks import GradientSum, Processes, join_processes, planned_processes, while_others_wait
 from rows import Rows, find_rows, row_inputs
 
 log = logging.getLogger("train_llm")

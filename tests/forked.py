@@ -14,12 +14,18 @@ import traceback
 from pathlib import Path
 
 
-def run_rank(rank: int, ranks: str, port: str, words: list[str]) -> int:
-    """Exit status of the script, run as the one of this rank."""
+def become_rank(rank: int, ranks: int | str, port: int | str) -> None:
+    """Set torchrun's variables for this process."""
+    ranks = str(ranks)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-        "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }
+
+
+def run_script(words: list[str]) -> int:
+    """Exit status of the script, run in this process."""
     sys.argv = words
     try:
         runpy.run_path(words[0], run_name="__main__")
@@ -38,7 +44,8 @@ def main() -> None:
         if pid := os.fork():
             running.add(pid)
         else:
-            status = run_rank(rank, ranks, port, words)
+            become_rank(rank, ranks, port)
+            status = run_script(words)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

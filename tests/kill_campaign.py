@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import build_tiny_model, free_port, options_of, read_metrics, write_corpus
+from forked import become_rank
 
 import download
 import train_llm
@@ -36,8 +37,7 @@ def start(options: list[str], log: Path) -> list[int]:
     for rank in range(RANKS):
         pid = os.fork()
         if pid == 0:
-            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
-                               GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            become_rank(rank, RANKS, port)
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)

@@ -33,7 +33,7 @@ RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny, corpus, rows_dir):
-    """Every training run of this file, in one start of torchrun; {name: its folder}."""
+    """Every training run of this file, in one start of the processes; {name: its folder}."""
     folder = tmp_path_factory.mktemp("runs")
     models = {"llama": tiny} | {
         kind: build_tiny_model(folder / kind, kind)

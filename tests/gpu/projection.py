@@ -10,13 +10,18 @@ ASSUMPTIONS, which is printed with the table.
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from layers import PEAK_FLOPS, flops_per_token
 
 LAYERS, LAYER, HIDDEN, VOCABULARY = 126, 3_188_752_384, 16384, 128256
 HEAD = HIDDEN * VOCABULARY  # parameters of the output layer, and of the embedding
 PARAMETERS = LAYERS * LAYER + 2 * HEAD + HIDDEN
 NODE = 8  # GPUs
-PEAK = 989e12  # dense bfloat16 FLOP/s of an H100 or H200
+SHAPE = SimpleNamespace(num_hidden_layers=LAYERS, num_attention_heads=128, head_dim=128)
 MEMORY = {"H100": 81_559 * 2**20, "H200": 143_771 * 2**20}  # bytes, as nvidia-smi tells them
 ASSUMPTIONS = """\
 * Nodes of 8 GPUs; each GPU has {network:g} GB/s of network of its own, of which 0.8 are had.
@@ -99,11 +104,11 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
                     update = cpu + (LAYERS - 1) * max(0, cpu - layer["forward"])
                 took = step_seconds(layer, tokens=tokens, gather=gather, add_up=add_up,
                                     update=update)
-                flops = 6 * (PARAMETERS - HEAD) + 6 * LAYERS * HIDDEN * tokens
+                flops = flops_per_token(SHAPE, PARAMETERS - HEAD, tokens)
                 rows.append({
                     "GPUs": f"{gpus} {device}", "tokens": tokens, "compute": kind,
                     "layer from": few, **took, "tokens/s/GPU": tokens / took["step"],
-                    "MFU": tokens / took["step"] * flops / PEAK,
+                    "MFU": tokens / took["step"] * flops / PEAK_FLOPS[device],
                     "GB": (held + (0 if on_host else inputs)) / 1e9,
                     "options": ("--cpu-offload optimizer " if away else "") + (
                         "--checkpoint-activations " + ("offload" if on_host else "on")),

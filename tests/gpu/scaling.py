@@ -37,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark import EIGHT_B_MORE, WIDTHS, Bench, bench_405b, median_seconds
 from conftest import ROOT, options_of, read_metrics, torchrun
+from projection import LAYER
 
 import ranks
 
-LAYER = 3_188_752_384  # parameters of one decoder layer as wide as 405B's
 STATE = 16  # bytes a parameter: weights, gradients, two moments
 PASS_BYTES = 50e9  # units and gradients on their way, activations, logits; seen at 405B's width
 WIDTHS["70b"] = dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
