@@ -122,6 +122,7 @@ class Bench:
     """Runs cases through the script and keeps their medians."""
 
     def __init__(self, folder: Path, gpus: int, only: str, out: Path):
+        """`out`: the JSON file of all tables, written whenever one is complete."""
         self.only, self.out = only, out
         self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 4)
         self.versions, self.tables, self.runs, self.layer_seconds = {}, {}, 0, {}
@@ -161,7 +162,7 @@ class Bench:
         for name, job in jobs.items():
             folder = self.folder / "out" / job["argv"][1]
             for trace in folder.glob("profile/trace-0.json.gz"):
-                shutil.copy(trace, self.out / f"{folder.name}-{trace.name}")
+                shutil.copy(trace, self.out.with_name(f"{folder.name}-{trace.name}"))
             if (folder / "metrics.jsonl").exists():
                 self.versions = json.loads((folder / "versions.json").read_text())
                 steps = read_metrics(folder)[WARMUP_ROWS:]
@@ -173,6 +174,11 @@ class Bench:
                     retries = steps[-1]["alloc_retries"] - steps[0]["alloc_retries"]
                     rows[name] |= {"loss": steps[-1]["loss"], "alloc_retries": retries}
         self.show(table)
+        self.save()
+
+    def save(self) -> None:
+        self.out.write_text(json.dumps(
+            {"gpus": self.gpus, "versions": self.versions, "tables": self.tables}, indent=2))
 
     def time_layer(self, seq_length: int, **kind) -> float:
         """Seconds of the layer without sharding; measured once."""
@@ -297,7 +303,8 @@ def bench_float8(bench: Bench, model: Path, text: Path) -> None:
         print(f"| {name} | {row['losses'][0]:.4f} | {statistics.mean(row['losses'][-50:]):.4f} |"
               f" {row['val_loss']:.4f} | {row['mean difference']:+.5f} |"
               f" {row['largest difference']:.4f} |", flush=True)
-    plot(curves, bench.out / "float8.svg")
+    bench.save()
+    plot(curves, bench.out.with_name("float8.svg"))
 
 
 def differences(curves: dict[str, list[float]], name: str) -> list[float]:
@@ -394,7 +401,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder of benchmark.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(Path(temporary), args.gpus, args.only, args.out)
+        bench = Bench(Path(temporary), args.gpus, args.only, args.out / "benchmark.json")
         for suite in args.suites:
             if suite == "attention":
                 for shape in ((32, 8192, 1), (32, 8192, 8), (128, 4096, 1), (128, 4096, 8)):
@@ -416,8 +423,7 @@ def main() -> None:
                 bench_405b(bench)
             else:
                 parser.error(f"no suite {suite!r}")
-            (args.out / "benchmark.json").write_text(json.dumps(
-                {"gpus": args.gpus, "versions": bench.versions, "tables": bench.tables}, indent=2))
+            bench.save()
     print(f"{args.gpus} x {bench.versions.get('device')}, torch {torch.__version__}, transformers"
           f" {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
 

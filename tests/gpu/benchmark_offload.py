@@ -268,17 +268,16 @@ class Bench:
         model = args.model or self.model("small", hidden=576, mlp=1536, layers=30, heads=8)
         if args.quick:
             model = args.model or self.model("tiny", hidden=64, mlp=128, layers=2, heads=4)
-        steps = {1: args.steps, 4: args.steps_accumulated or args.steps}
         rows = 4 * 2 * GPUS
         jobs = [
             self.job(f"{mode}-{n}", model, cpu_offload=mode, seq_length=args.tokens,
-                     global_batch_size=rows, batch_size=rows // GPUS // n, max_steps=steps[n],
-                     lr=1e-4, warmup_steps=5, max_grad_norm=0.5)
-            for n in steps for mode in MODES
+                     global_batch_size=rows, batch_size=rows // GPUS // n, max_steps=args.steps,
+                     lr=1e-4, warmup_steps=5, max_grad_norm=0.5, checkpoint_activations="off")
+            for n in args.micro_steps for mode in MODES
         ]
         found, log = self.run(jobs)
         table, losses = [], {}
-        for n in steps:
+        for n in args.micro_steps:
             for mode in MODES:
                 name = f"{mode}-{n}"
                 if any("error" in result for result in found[name]):
@@ -304,15 +303,14 @@ class Bench:
         self.tell("numbers", table, {"rounding": rounding, "losses": losses}, log, found)
 
     def hidden(self, group: str, *, hidden: int, mlp: int, layers: int, heads: int, batch: int,
-               tokens: int, elements: int, gpu_optimizer_gib: float = 0) -> None:
+               tokens: int, elements: int, **options) -> None:
         model = self.model(group, hidden=hidden, mlp=mlp, layers=layers, heads=heads)
         trace = str(self.args.out / f"trace-{group}.json")
         jobs = [
             {"name": f"bandwidth-{group}", "elements": elements},
             self.job(group, model, cpu_offload="optimizer", seq_length=tokens, batch_size=batch,
                      global_batch_size=batch * GPUS, max_steps=len(PHASES), lr=1e-5,
-                     gpu_optimizer_gib=gpu_optimizer_gib,
-                     extra={"phases": PHASES, "trace": trace}),
+                     extra={"phases": PHASES, "trace": trace}, **options),
         ]
         found, log = self.run(jobs)
         bandwidth = {
@@ -427,7 +425,8 @@ def main() -> None:
     parser.add_argument("--only", default="numbers,wide,deep,memory,killed")
     parser.add_argument("--model", type=Path, help="a model with weights, for `numbers`")
     parser.add_argument("--steps", type=int, help="of `numbers`")
-    parser.add_argument("--steps-accumulated", type=int, help="of `numbers`, with 4 micro steps")
+    parser.add_argument("--micro-steps", type=lambda text: [int(n) for n in text.split(",")],
+                        default=[1, 4], help="of `numbers`")
     parser.add_argument("--tokens", type=int, default=256, help="in a row of `numbers`")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
@@ -449,9 +448,9 @@ def main() -> None:
         wide = deep = dict(hidden=256, mlp=512, layers=2, heads=4, batch=2, tokens=128,
                            elements=1 << 22)
     # The root, the embedding and the first layer stay on the GPUs.
-    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=12, layers=4)
+    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=14, layers=4, compile=True)
     if args.quick:
-        kept = dict(gpu_optimizer_gib=0.02)
+        kept = dict(gpu_optimizer_gib=0.02, compile=True)
     groups = {"numbers": bench.numbers, "wide": lambda: bench.hidden("wide", **wide),
               "kept": lambda: bench.hidden("kept", **wide | kept),
               "deep": lambda: bench.hidden("deep", **deep), "memory": bench.memory,

@@ -191,7 +191,7 @@ def main() -> None:
         parser.error("killed wants a --model with weights")
     out = args.out.resolve()
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(Path(temporary), sizes[-1], args.cases, out)
+        bench = Bench(Path(temporary), sizes[-1], args.cases, out / "scaling.json")
         if "slices" in parts:
             bench_slices(bench, sizes, numbers(args.lengths))
         if "full" in parts:
@@ -206,8 +206,7 @@ def main() -> None:
                            out / f"offload-{gpus}", gpus=gpus)
         if "killed" in parts:
             bench_killed(bench, args.model, steps=args.steps, gpus=sizes[-1])
-        (out / "scaling.json").write_text(json.dumps(
-            {"gpus": sizes, "versions": bench.versions, "tables": bench.tables}, indent=2))
+        bench.save()
     print(f"{sizes[-1]} x {torch.cuda.get_device_name()}, torch {torch.__version__}, transformers"
           f" {transformers.__version__}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
 
