@@ -22,7 +22,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import is_flash_attn_2_available
 
 from download import InputError
 
@@ -30,20 +30,19 @@ from download import InputError
 # A row holds several documents that must not see each other. Kernels for fixed lengths need a mask
 # of T x T for that, which transformers makes anew each pass (looking at the positions, for which
 # the host waits), and the fast ones among them take no mask. Kernels for variable lengths take the
-# places where documents start. flash-attn has such kernels, and PyTorch has one built in: "varlen".
+# places where documents start. PyTorch has one built in: "varlen". flash-attn 2 is no faster on an
+# H200 (see the README), and transformers' way to it looks at the positions all the same.
 
 
 def fastest_attention(config, *, document_mask: bool) -> str:
     """The fastest kernel that is installed here and computes what this model asks for."""
     on_gpu = torch.cuda.is_available()
-    if on_gpu and is_flash_attn_3_available():
-        return "flash_attention_3"
     if getattr(config, "attn_logit_softcapping", None):  # sdpa and varlen have no soft cap
         return "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "eager"
     width = head_width(config)
-    if not (on_gpu and document_mask) or width % 8 or width > 256:  # what flash attention takes
+    if not (on_gpu and document_mask) or width % 8 or width > 256:  # what varlen takes
         return "sdpa"
-    return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
+    return "varlen"
 
 
 def head_width(config) -> int:

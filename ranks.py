@@ -22,6 +22,8 @@ JOIN_SECONDS = 1800  # libraries on a slow shared drive can take minutes to load
 # Elements of a unit's gradient that are summed at a time: 2 GiB in bfloat16. Each piece waits once
 # or twice for a matrix product to leave the GPU; in 12 pieces a layer of 405B took a layer's time.
 PIECE = 2**30
+# The name is that of torch 2.13, and of 2.11.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,16 @@ class GradientSum:
     order of their issue: in FSDP's group, the gather of the next layer, which is to be ready when
     this layer is done, would wait for the sum of the layer before. Two at once cannot lock each
     other out: ranks issue them in the same order, and an H200 has room for both (24 and 32 blocks).
+
+    The host, which can be layers ahead of the GPU, waits here for the sum before this one. So only
+    two whole gradients wait to be summed, each of which takes memory (405B: 6.4 GB) until it is.
     """
 
     def __init__(self, processes: Processes, *, given: torch.dtype, summed: torch.dtype,
                  compiled: bool = False):
         """`given`: the dtype of gradients; `summed`: that of their sums, and of their addition."""
         self.given, self.summed, self.ranks = given, summed, processes.world_size
+        self.before: torch.cuda.Event | None = None  # the end of the sum before
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         if given == summed:
             self.all = dist.new_group(backend=backend)
@@ -153,11 +159,19 @@ class GradientSum:
         """
         if shard is None:
             return gradient
-        # The name is that of torch 2.13, and of 2.11.
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         if self.given == self.summed:
             reduce_scatter(shard, gradient, group=self.all)
-            return shard
+            total = shard
+        else:
+            total = self.exchange_and_add(gradient, shard)
+        if total.is_cuda:
+            if self.before:
+                self.before.synchronize()
+            self.before = torch.cuda.Event()
+            self.before.record()
+        return total
+
+    def exchange_and_add(self, gradient: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
         total = torch.empty_like(shard, dtype=self.summed)
         parts = gradient.view(self.nodes, self.local, len(shard)).transpose(0, 1)
         size = max(1, PIECE // self.ranks)

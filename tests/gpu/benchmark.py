@@ -31,12 +31,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.utils import is_flash_attn_2_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,6 +43,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from conftest import build_tokenizer, on_ranks, options_of, read_metrics
 
 import layers
+import ranks
+import train_llm
+from rows import find_rows
 
 STEPS, LOG_FREQ, WARMUP_ROWS = 14, 2, 2
 WIDTHS = {
@@ -125,7 +127,7 @@ class Bench:
         """`out`: the JSON file of all tables, written whenever one is complete."""
         self.only, self.out = only, out
         self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 4)
-        self.versions, self.tables, self.runs, self.layer_seconds = {}, {}, 0, {}
+        self.versions, self.tables, self.runs, self.unsharded = {}, {}, 0, {}
 
     def run(self, table: str, cases: dict, *, width: str, layers: int, seq_length: int,
             vocabulary: int = 128256, together: bool = True, gpus: int | None = None) -> None:
@@ -133,19 +135,12 @@ class Bench:
         gpus = gpus or self.gpus
         cases = {name: options for name, options in cases.items()
                  if re.search(self.only, f"{table}: {name}")}
-        name = f"{width}-{layers}-{vocabulary}"
-        model = build_slice(self.folder / name, width, layers, vocabulary)
         jobs = {}
         for name, options in cases.items():
             self.runs += 1
-            options = dict(options)
-            rows = gpus * options.pop("micro_steps", 1) * options.get("batch_size", 1)
-            jobs[name] = {"do": "train", "argv": options_of(**dict(
-                experiment_name=f"run-{self.runs}", save_dir=self.folder / "out",
-                rows_dir=self.folder / "rows", model_name=model, dataset_name=self.data,
-                random_init=True, export_dtype="none", seq_length=seq_length, num_epochs=99,
-                global_batch_size=rows, max_steps=STEPS, log_freq=LOG_FREQ, ckpt_freq=0,
-                checkpoint_activations="on") | options)}
+            jobs[name] = {"do": "train", "argv": self.words(
+                f"run-{self.runs}", width=width, layers=layers, seq_length=seq_length,
+                vocabulary=vocabulary, gpus=gpus, **options)}
         groups = {}
         for name in jobs:
             compiled = bool(cases[name].get("compile"))
@@ -180,14 +175,26 @@ class Bench:
         self.out.write_text(json.dumps(
             {"gpus": self.gpus, "versions": self.versions, "tables": self.tables}, indent=2))
 
-    def time_layer(self, seq_length: int, **kind) -> float:
-        """Seconds of the layer without sharding; measured once."""
-        name = f"{seq_length} {kind}"
-        if name not in self.layer_seconds:
-            self.layer_seconds[name] = time_layer(seq_length=seq_length, **kind)
+    def words(self, name: str, *, width: str, layers: int, seq_length: int, vocabulary: int,
+              gpus: int, micro_steps: int = 1, **options) -> list[str]:
+        """What train_llm.py is told."""
+        model = build_slice(self.folder / f"{width}-{layers}-{vocabulary}", width, layers,
+                            vocabulary)
+        return options_of(**dict(
+            experiment_name=name, save_dir=self.folder / "out", rows_dir=self.folder / "rows",
+            model_name=model, dataset_name=self.data, random_init=True, export_dtype="none",
+            seq_length=seq_length, num_epochs=99, max_steps=STEPS, log_freq=LOG_FREQ, ckpt_freq=0,
+            global_batch_size=gpus * micro_steps * options.get("batch_size", 1),
+            checkpoint_activations="on") | options)
+
+    def time_unsharded(self, **about) -> dict[str, float]:
+        """Measured once for each kind of layer and length of row."""
+        key = str(about | dict(gpus=0))
+        if key not in self.unsharded:
+            self.unsharded[key] = time_unsharded(self.words("unsharded", **about))
             torch.compiler.reset()
             torch.cuda.empty_cache()
-        return self.layer_seconds[name]
+        return self.unsharded[key]
 
     def show(self, table: str) -> None:
         print(f"\n{table}\n\n| case | ms a step | data | forward | backward | update |"
@@ -203,40 +210,55 @@ class Bench:
         print(flush=True)
 
 
-def time_layer(*, seq_length: int, compile: bool = False, float8: str = "off") -> float:
-    """Seconds of one 405B-wide decoder layer, forward, recomputation and backward, on one GPU that
-    has worked for ten seconds: a cool one clocks higher (one product: 9.9 ms, and 10.6 ms later).
+def time_unsharded(argv: list[str]) -> dict[str, float]:
+    """Seconds that one more decoder layer takes on one GPU without sharding: "forward", and
+    "backward" with its recomputation.
+
+    The model of these words for train_llm.py, in bfloat16 and without an optimizer, on the rows of
+    the same steps; of a step the slowest row; and the difference of all layers and one less, as for
+    the slices. It works ten seconds first, because a cool GPU clocks higher.
     """
-    config = transformers.LlamaConfig(**WIDTHS["405b"], num_key_value_heads=8, num_hidden_layers=1)
-    config._attn_implementation = "varlen"
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        layer = LlamaDecoderLayer(config, 0)
-        rotary = LlamaRotaryEmbedding(config)
-        torch.set_default_dtype(torch.float32)
-        if float8 != "off":
-            layer.get_output_embeddings = lambda: None
-            layers.in_float8(layer, float8)
-        layer = checkpoint_wrapper(layer)
-        if compile:
-            layer.compile()
-        hidden = torch.randn(1, seq_length, config.hidden_size, dtype=torch.bfloat16)
-        positions = torch.arange(seq_length)[None]
-        documents = torch.tensor([0, seq_length], dtype=torch.int32)
-    given = dict(position_embeddings=rotary(hidden, positions), cu_seq_lens_q=documents,
-                 cu_seq_lens_k=documents, max_length_q=seq_length, max_length_k=seq_length)
+    args, processes = train_llm.parse_args(argv), ranks.planned_processes()
+    config = transformers.AutoConfig.from_pretrained(args.model_name)
+    with processes.device:
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=train_llm.compute_dtype(processes.device),
+            attn_implementation=layers.fastest_attention(config, document_mask=args.document_mask))
+    if args.float8 != "off":
+        layers.in_float8(model, args.float8)
+    model.forward = layers.build_forward(
+        model, chunk=args.loss_chunk, document_mask=args.document_mask, compiled=args.compile)
+    layers.recompute_or_compile(model, tuple(train_llm.decoder_layer_classes(model)), args)
+    rows = find_rows(args)
 
-    upstream = torch.randn_like(hidden)  # equal numbers would take less power, and less time
+    def now() -> float:
+        if processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-    def pass_through() -> None:
-        layer.zero_grad()
-        layer(hidden.requires_grad_(), **given).backward(upstream)
+    def time_step(step: int) -> tuple[float, float]:
+        slowest = (0.0, 0.0)
+        for row in rows.of_step(step, args.global_batch_size, args.seed):
+            batch = rows.batch(np.array([row]), processes)
+            started = now()
+            loss = model(*batch, 1e-3)
+            middle = now()
+            loss.backward()
+            slowest = max(slowest, (middle - started, now() - middle), key=sum)
+            model.zero_grad()
+        return slowest
 
-    started = time.perf_counter()
-    while time.perf_counter() - started < 10:
-        pass_through()
-        torch.cuda.synchronize()
-    return median_seconds(pass_through)
+    def medians() -> np.ndarray:
+        """Of pairs of steps, as metrics.jsonl has them."""
+        steps = [time_step(step) for step in range(LOG_FREQ * WARMUP_ROWS, STEPS)]
+        return np.median(np.reshape(steps, (-1, LOG_FREQ, 2)).mean(1), 0)
+
+    until = now() + 10
+    while now() < until:
+        time_step(0)
+    found = medians()
+    del model.base_model.layers[-1]
+    return dict(zip(("forward", "backward"), (found - medians()).tolist(), strict=True))
 
 
 KINDS_405B = {
@@ -251,27 +273,30 @@ def bench_405b(
     lengths: tuple[int, ...] = (4096, 8192),
 ) -> None:
     """Tables of slices of both depths, and of what one more layer costs, for each length of row."""
-    gpus = gpus or bench.gpus
+    gpus, about_slices = gpus or bench.gpus, dict(width="405b", vocabulary=8192)
     for seq_length in lengths:
         about = f"{seq_length:,} tokens, {gpus} GPUs"
         names = [f"405B-wide, {depth} layers, {about}" for depth in depths]
         for depth, name in zip(depths, names, strict=True):
-            bench.run(name, KINDS_405B, width="405b", layers=depth, seq_length=seq_length,
-                      vocabulary=8192, gpus=gpus)
+            bench.run(name, KINDS_405B, layers=depth, seq_length=seq_length, gpus=gpus,
+                      **about_slices)
         shallow, deep = (bench.tables[name] for name in names)
         table = bench.tables[f"one 405B layer, {about}"] = {}
-        print(f"| one 405B layer, {about} | ms | forward and backward | update |"
-              " unsharded ms | ratio |\n|" + "---|" * 6)
+        print(f"| one 405B layer, {about} | ms | forward | backward | update | unsharded: forward |"
+              " backward | ratio |\n|" + "---|" * 8)
         for kind in (kind for kind in KINDS_405B if kind in shallow and kind in deep):
-            alone = bench.time_layer(seq_length, **KINDS_405B[kind])
+            alone = bench.time_unsharded(layers=3, seq_length=seq_length, gpus=gpus,
+                                         **about_slices, **KINDS_405B[kind])
             more = depths[1] - depths[0]
             cost = {key: (deep[kind][f"{key}_seconds"] - shallow[kind][f"{key}_seconds"]) / more
                     for key in ("step", "forward", "backward", "update")}
-            both = cost["forward"] + cost["backward"]
-            table[kind] = cost | {"unsharded": alone, "ratio": both / alone}
-            print(f"| {kind} | {cost['step'] * 1e3:.1f} | {both * 1e3:.1f} |"
-                  f" {cost['update'] * 1e3:.1f} | {alone * 1e3:.1f} | {both / alone:.3f} |",
-                  flush=True)
+            whole = sum(alone.values())
+            ratio = (cost["forward"] + cost["backward"]) / whole
+            table[kind] = cost | {"unsharded": whole, "ratio": ratio}
+            times = " | ".join(f"{seconds * 1e3:.1f}" for seconds in
+                               (*(cost[key] for key in ("step", "forward", "backward", "update")),
+                                alone["forward"], alone["backward"]))
+            print(f"| {kind} | {times} | {ratio:.3f} |", flush=True)
 
 
 FLOAT8 = {
