@@ -187,11 +187,12 @@ class Bench:
             global_batch_size=gpus * micro_steps * options.get("batch_size", 1),
             checkpoint_activations="on") | options)
 
-    def time_unsharded(self, **about) -> dict[str, float]:
+    def time_unsharded(self, *, gpus: int, **about) -> dict[str, float]:
         """Measured once for each kind of layer and length of row."""
-        key = str(about | dict(gpus=0))
+        key = str(about)
         if key not in self.unsharded:
-            self.unsharded[key] = time_unsharded(self.words("unsharded", **about))
+            words = self.words("unsharded", gpus=1, **about)
+            self.unsharded[key] = time_unsharded(words, rows_in_step=gpus)
             torch.compiler.reset()
             torch.cuda.empty_cache()
         return self.unsharded[key]
@@ -210,13 +211,13 @@ class Bench:
         print(flush=True)
 
 
-def time_unsharded(argv: list[str]) -> dict[str, float]:
+def time_unsharded(argv: list[str], *, rows_in_step: int) -> dict[str, float]:
     """Seconds that one more decoder layer takes on one GPU without sharding: "forward", and
     "backward" with its recomputation.
 
     The model of these words for train_llm.py, in bfloat16 and without an optimizer, on the rows of
-    the same steps; of a step the slowest row; and the difference of all layers and one less, as for
-    the slices. It works ten seconds first, because a cool GPU clocks higher.
+    the steps of the slices; of a step the slowest row; and the difference of all layers and one
+    less, as for the slices. It works ten seconds first, because a cool GPU clocks higher.
     """
     args, processes = train_llm.parse_args(argv), ranks.planned_processes()
     config = transformers.AutoConfig.from_pretrained(args.model_name)
@@ -238,7 +239,7 @@ def time_unsharded(argv: list[str]) -> dict[str, float]:
 
     def time_step(step: int) -> tuple[float, float]:
         slowest = (0.0, 0.0)
-        for row in rows.of_step(step, args.global_batch_size, args.seed):
+        for row in rows.of_step(step, rows_in_step, args.seed):
             batch = rows.batch(np.array([row]), processes)
             started = now()
             loss = model(*batch, 1e-3)
