@@ -120,13 +120,17 @@ def whole_norm(own: torch.Tensor) -> torch.Tensor:
 
 def add_up_offloaded_gradients(model: FSDP) -> None:
     """Let the gradients of `model`, under CPUOffload, add up until they are zeroed in place."""
+    sent = []  # the unit before, whose sum is in host memory or on its way
 
     @torch.no_grad()
     def reduce(unit: tuple[FSDP], *given: torch.Tensor) -> None:
-        total = model.sum_over_ranks(*given)
+        total, parameter = model.sum_over_ranks(*given), unit[0]._handle.flat_param
         # `_cpu_grad`: where FSDP puts the result next, on the same stream (torch 2.11, 2.13).
-        before = unit[0]._handle.flat_param._cpu_grad.to(total.device, non_blocking=True)
+        before = parameter._cpu_grad.to(total.device, non_blocking=True)
         given[-1].data = total.detach().float().add_(before)
+        for other in sent:  # FSDP would keep it on the GPU, too, to the end of the pass
+            vars(other).pop("_saved_grad_shard", None)
+        sent[:] = [parameter]
 
     model.register_comm_hook(None, reduce)
     for fsdp in FSDP.fsdp_modules(model):
