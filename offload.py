@@ -47,14 +47,14 @@ class ShardAdamW:
     def __init__(
         self, model: FSDP, build_adamw: Callable[[Iterable], torch.optim.AdamW], *, add_up: bool
     ):
-        """`add_up`: offloaded gradients of several micro steps, which FSDP would replace."""
+        """`add_up`: there are several micro steps, and FSDP would replace offloaded gradients."""
         self.model, self.adamw = model, build_adamw(model.named_parameters())
         self.param_groups = self.adamw.param_groups
         self.parameters = list(model.parameters())
         self.found_inf = torch.zeros((), device=self.parameters[0].device)
         self.sample, self.unchanged = Sample(self.parameters), None
-        if add_up:
-            add_up_offloaded_gradients(model)
+        if model.cpu_offload.offload_params:
+            offload_gradients(model, add_up=add_up)
         else:
             model.register_comm_hook(model.sum_over_ranks, keep_sum)
 
@@ -118,17 +118,20 @@ def whole_norm(own: torch.Tensor) -> torch.Tensor:
     return squares**0.5
 
 
-def add_up_offloaded_gradients(model: FSDP) -> None:
-    """Let the gradients of `model`, under CPUOffload, add up until they are zeroed in place."""
+def offload_gradients(model: FSDP, *, add_up: bool) -> None:
+    """Of `model`, under CPUOffload: gradients leave the GPU as soon as they are summed; with
+    `add_up`, they add up until they are zeroed in place."""
     sent = []  # the unit before, whose sum is in host memory or on its way
 
     @torch.no_grad()
     def reduce(unit: tuple[FSDP], *given: torch.Tensor) -> None:
         total, parameter = model.sum_over_ranks(*given), unit[0]._handle.flat_param
-        # `_cpu_grad`: where FSDP puts the result next, on the same stream (torch 2.11, 2.13).
-        before = parameter._cpu_grad.to(total.device, non_blocking=True)
-        given[-1].data = total.detach().float().add_(before)
-        for other in sent:  # FSDP would keep it on the GPU, too, to the end of the pass
+        if add_up:
+            # `_cpu_grad`: where FSDP puts the result next, on the same stream (torch 2.11, 2.13).
+            before = parameter._cpu_grad.to(total.device, non_blocking=True)
+            total = total.detach().float().add_(before)
+        given[-1].data = total
+        for other in sent:  # which FSDP keeps on the GPU, too, until the pass ends (2.11, 2.13)
             vars(other).pop("_saved_grad_shard", None)
         sent[:] = [parameter]
 

@@ -632,7 +632,7 @@ def build_optimizer(
         return offload.HostAdamW(model, adamw, compute_dtype(processes.device),
                                  bytes_on_device=args.gpu_optimizer_gib * 2**30)
     accumulates = args.global_batch_size > args.batch_size * processes.world_size
-    return offload.ShardAdamW(model, adamw, add_up=args.cpu_offload == "on" and accumulates)
+    return offload.ShardAdamW(model, adamw, add_up=accumulates)
 
 
 def set_lr(optimizer, args: argparse.Namespace, step: int, steps: int) -> None:
