@@ -86,7 +86,13 @@ AttentionInterface.register("varlen", varlen_attention)
 
 def in_float8(model: nn.Module, recipe: str) -> None:
     """Let the layers' linear modules multiply in float8; the weights keep their names and dtype."""
+    from torch._inductor import config as inductor
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    if recipe == "rowwise":
+        # What the compiler recomputes must be rounded as in the forward pass: else attention's
+        # backward sees other keys than its forward did, and gradients are inf (pytorch#150859).
+        inductor.emulate_precision_casts = True
 
     def wanted(module: nn.Module, name: str) -> bool:
         return module is not model.get_output_embeddings() and not any(
