@@ -1279,105 +1279,116 @@ class Column:
         self.of_host, self.of_gpu = of_host, of_gpu
 
 
+def percent_cells(of_host, of_gpu=lambda host, gpu: "", warn=101, bad=101):
+    """The two functions of a column of shares, in %."""
+    def styled(value):
+        return show(value, "{:.0f}%"), level(value, warn, bad)
+    return (lambda host: styled(of_host(host)),
+            lambda host, gpu: styled(of_gpu(host, gpu)) if of_gpu(host, gpu) != "" else "")
+
+
+def hottest(host):
+    return max((g.temperature for g in host.sample.gpus or () if g.temperature is not None),
+               default=None)
+
+
+def temperature_cell(value):
+    return show(value, "{:.0f}C"), level(value, 80, 88)
+
+
+def slowest(host):
+    return min((g.clock for g in host.sample.gpus or () if g.clock is not None), default=None)
+
+
+def power_cell(host):
+    known = [gpu.power for gpu in host.sample.gpus or () if gpu.power is not None]
+    return show(sum(known) / 1000 if known else None, "{:.2f}kW")
+
+
+def load_cell(host, bars):
+    """A bar for each GPU's load; x: it is lost."""
+    found = {gpu.index: gpu for gpu in host.sample.gpus or ()}
+    count = max([host.expected, *(index + 1 for index in found)])
+    utils = [found[i].util if i in found else "x" for i in range(count)]
+    top = len(bars) - 1
+    return "".join("-" if u is None else u if u == "x" else bars[round(u * top / 100)]
+                   for u in utils)
+
+
+def rate_cell(values):
+    return "-" if values is None else f"{scaled(values[0])} {scaled(values[1])}"
+
+
+def rank_of(training, host, gpu):
+    return next((rank for rank in training.by_host.get(host, ())
+                 if rank.local_rank == gpu.index), None)
+
+
+def step_cell(ranks):
+    ranks = [rank for rank in ranks if rank]
+    if not ranks:
+        return "-"
+    worst = min(ranks, key=lambda rank: (rank.phase != "failed", rank.step))
+    state = worst.process or worst.phase
+    bad = "red" if worst.process or worst.phase == "failed" else ""
+    return f"{state} {worst.step:,}", bad
+
+
+def gpu_notes(gpu):
+    reasons = int(gpu.reasons or 0)
+    notes = [(throttle_names(gpu), "red")]
+    notes += [(f"ECC {gpu.ecc:.0f}", "red")] if gpu.ecc else []
+    notes += [("MIG", "")] if gpu.mig else []
+    return notes + [(name, "dim") for bit, name in LIMITS.items() if reasons & bit]
+
+
+def host_notes(host):
+    sample = host.sample
+    notes = [(f"{host.expected - len(sample.gpus or ())} GPU lost", "red")] \
+        if len(sample.gpus or ()) < host.expected else []
+    notes += [(sample.gpu_error, "red")] if sample.gpu_error else []
+    slowed = [gpu for gpu in sample.gpus or () if throttle_names(gpu)]
+    notes += [(f"{len(slowed)} throttled", "red")] if slowed else []
+    errors = sum(gpu.ecc or 0 for gpu in sample.gpus or ())
+    notes += [(f"ECC {errors:.0f}", "red")] if errors else []
+    return notes + [(f"Xid {code}", "red") for _, code, _ in (sample.xids or ())[-1:]]
+
+
 def build_columns(names, bars, training):
     """The columns of the main table; the last one takes the width that is left."""
-    def rank_of(host, gpu):
-        return next((rank for rank in training.by_host.get(host, ())
-                     if rank.local_rank == gpu.index), None)
-
-    def percent(of_host, of_gpu=lambda host, gpu: "", warn=101, bad=101):
-        def styled(value):
-            return show(value, "{:.0f}%"), level(value, warn, bad)
-        return (lambda host: styled(of_host(host)),
-                lambda host, gpu: styled(of_gpu(host, gpu)) if of_gpu(host, gpu) != "" else "")
-
-    def hottest(host):
-        return max((g.temperature for g in host.sample.gpus or () if g.temperature is not None),
-                   default=None)
-
-    def temperature(value):
-        return show(value, "{:.0f}C"), level(value, 80, 88)
-
-    def slowest(host):
-        return min((g.clock for g in host.sample.gpus or () if g.clock is not None), default=None)
-
-    def watts(host):
-        known = [gpu.power for gpu in host.sample.gpus or () if gpu.power is not None]
-        return show(sum(known) / 1000 if known else None, "{:.2f}kW")
-
-    def loads(host):
-        found = {gpu.index: gpu for gpu in host.sample.gpus or ()}
-        count = max([host.expected, *(index + 1 for index in found)])
-        utils = [found[i].util if i in found else "x" for i in range(count)]
-        top = len(bars) - 1
-        return "".join("-" if u is None else u if u == "x" else bars[round(u * top / 100)]
-                       for u in utils)
-
-    def rate(values):
-        return "-" if values is None else f"{scaled(values[0])} {scaled(values[1])}"
-
-    def step(ranks):
-        ranks = [rank for rank in ranks if rank]
-        if not ranks:
-            return "-"
-        worst = min(ranks, key=lambda rank: (rank.phase != "failed", rank.step))
-        state = worst.process or worst.phase
-        bad = "red" if worst.process or worst.phase == "failed" else ""
-        return f"{state} {worst.step:,}", bad
-
-    def gpu_notes(gpu):
-        reasons = int(gpu.reasons or 0)
-        notes = [(throttle_names(gpu), "red")]
-        notes += [(f"ECC {gpu.ecc:.0f}", "red")] if gpu.ecc else []
-        notes += [("MIG", "")] if gpu.mig else []
-        return notes + [(name, "dim") for bit, name in LIMITS.items() if reasons & bit]
-
-    def host_notes(host):
-        sample = host.sample
-        notes = [(f"{host.expected - len(sample.gpus or ())} GPU lost", "red")] \
-            if len(sample.gpus or ()) < host.expected else []
-        notes += [(sample.gpu_error, "red")] if sample.gpu_error else []
-        slowed = [gpu for gpu in sample.gpus or () if throttle_names(gpu)]
-        notes += [(f"{len(slowed)} throttled", "red")] if slowed else []
-        errors = sum(gpu.ecc or 0 for gpu in sample.gpus or ())
-        notes += [(f"ECC {errors:.0f}", "red")] if errors else []
-        return notes + [(f"Xid {code}", "red") for _, code, _ in (sample.xids or ())[-1:]]
-
-    def gpu_name(gpu):
-        return "  " + gpu.name.replace("NVIDIA ", "")
-
     most = max(map(len, names))
     lots = max(8, min(16, most))
     return [
         Column("HOST", -max(12, min(28, most)), 0, lambda host: host.name,
                lambda host, gpu: f" GPU {gpu.index}"),
         Column("STATE", -10, 0, lambda host: ("UP", "green"), lambda host, gpu:
-               f"rank {rank_of(host, gpu).rank}" if rank_of(host, gpu) else ""),
+               f"rank {rank_of(training, host, gpu).rank}" if rank_of(training, host, gpu) else ""),
         Column("GPUS", 5, 1, lambda host: (
             f"{len(host.sample.gpus or ())}/{host.expected}" if host.expected else "none",
             "red" if len(host.sample.gpus or ()) < host.expected else "")),
-        Column("UTIL", 4, 1, *percent(lambda host: mean_of(host, "util"), lambda h, g: g.util)),
-        Column("MEM", 4, 2, *percent(
+        Column("UTIL", 4, 1, *percent_cells(
+            lambda host: mean_of(host, "util"), lambda host, gpu: gpu.util)),
+        Column("MEM", 4, 2, *percent_cells(
             lambda host: share(mean_of(host, "memory_used"), mean_of(host, "memory_total")),
             lambda host, gpu: share(gpu.memory_used, gpu.memory_total), 101, 101)),
-        Column("POWER", 7, 2, watts, lambda host, gpu: show(gpu.power, "{:.0f}W")),
-        Column("TEMP", 4, 3, lambda host: temperature(hottest(host)),
-               lambda host, gpu: temperature(gpu.temperature)),
+        Column("POWER", 7, 2, power_cell, lambda host, gpu: show(gpu.power, "{:.0f}W")),
+        Column("TEMP", 4, 3, lambda host: temperature_cell(hottest(host)),
+               lambda host, gpu: temperature_cell(gpu.temperature)),
         Column("CLOCK", 7, 6, lambda host: show(slowest(host), "{:.0f}MHz"),
                lambda host, gpu: show(gpu.clock, "{:.0f}MHz")),
-        Column("LOAD", -lots, 7, loads),
-        Column("CPU", 4, 4, *percent(lambda host: host.sample.cpu)),
-        Column("RAM", 4, 4, *percent(
+        Column("LOAD", -lots, 7, lambda host: load_cell(host, bars)),
+        Column("CPU", 4, 4, *percent_cells(lambda host: host.sample.cpu)),
+        Column("RAM", 4, 4, *percent_cells(
             lambda host: share(*host.sample.ram) if host.sample.ram else None, warn=90, bad=97)),
-        Column("DISK", 4, 4, *percent(lambda host: max(
+        Column("DISK", 4, 4, *percent_cells(lambda host: max(
             (100 * used / total for _, used, total in host.sample.disks if total), default=None),
             warn=85, bad=95)),
-        Column("NET B/s", 10, 9, lambda host: rate(host.sample.net)),
-        Column("IB B/s", 10, 10, lambda host: rate(host.sample.ib)),
-        Column("STEP", -16, 5, lambda host: step(training.by_host.get(host, ())),
-               lambda host, gpu: step([rank_of(host, gpu)])),
+        Column("NET B/s", 10, 9, lambda host: rate_cell(host.sample.net)),
+        Column("IB B/s", 10, 10, lambda host: rate_cell(host.sample.ib)),
+        Column("STEP", -16, 5, lambda host: step_cell(training.by_host.get(host, ())),
+               lambda host, gpu: step_cell([rank_of(training, host, gpu)])),
         Column("NOTES", -10, 1, host_notes, lambda host, gpu: gpu_notes(gpu) + [
-            (gpu_name(gpu).strip(), "dim")]),
+            (gpu.name.replace("NVIDIA ", ""), "dim")]),
     ]
 
 
