@@ -254,8 +254,9 @@ def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
 
 # --- 2. The story ---------------------------------------------------------------------------
 # What happens, in which order? The loop has two halves. The first holds everything that changes
-# the weights; below it, nothing does. No line of the first half makes the host wait for the GPU:
-# the loss and the gradient norm stay there until a row is logged.
+# the weights; below it, nothing does. No line of the first half makes the host wait until the GPU
+# is done: it runs a layer or two ahead of it, and the loss and the norm stay there until a row is
+# logged.
 
 
 def main(argv: list[str] | None = None) -> None:
