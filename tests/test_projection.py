@@ -1,4 +1,5 @@
-"""tests/gpu/projection.py: its arithmetic, on slices made up so that the answer is known."""
+"""tests/gpu/projection.py and what_fits.py: their arithmetic, on slices made up so that the answer
+is known."""
 
 import sys
 
@@ -7,6 +8,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests/gpu"))
 import projection
+import what_fits
 
 
 def slices(*, forward: float, backward: float, gather: float = 0.01) -> dict:
@@ -54,8 +56,31 @@ def test_what_does_not_fit_goes_to_the_host():
     assert not project(slices(forward=0.05, backward=0.14), gpus=16)["fits"]
 
 
+def test_parameters_are_those_that_meta_tells():
+    told = {"8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_800}
+    assert {name: shape.parameters for name, shape in projection.LLAMA.items()} == told
+
+
 def test_memory_measured_on_one_number_of_gpus_alone_is_refused():
     tables = slices(forward=0.05, backward=0.14)
     del tables["405B-wide, 2 layers, 4,096 tokens, 4 GPUs"]
     with pytest.raises(SystemExit, match="two numbers of GPUs"):
         project(tables)
+
+
+MODES = {"off": {"gpu": 16.0, "host": 0.0}, "optimizer": {"gpu": 2.0, "host": 16.0},
+         "on": {"gpu": 0.0, "host": 16.0}}
+
+
+@pytest.mark.parametrize("name, gpus, memory, words", [
+    ("8B", 8, 80e9, "`off`: 23"),  # 16.1 of state, 3.4 at work, 2.1 of the root, 1.1 of inputs
+    ("405B", 64, 80e9, "`optimizer`, inputs on the host: 71, host 947"),
+    ("405B", 64, 141e9, "`optimizer`: 88, host 812"),
+    ("405B", 32, 80e9, "`on`: 75, host 1,623"),  # 50 at work, 8.4 of the root, 16.9 of inputs
+    ("405B", 32, 60e9, "-"),  # 58.4 are more than 0.95 of it
+    ("405B", 8, 141e9, "-"),  # 6,494 on the host
+])
+def test_the_fastest_mode_that_fits_is_told(name, gpus, memory, words):
+    found = what_fits.best(projection.LLAMA[name], gpus, memory, modes=MODES, working=50e9,
+                           tokens=4096)
+    assert found == words

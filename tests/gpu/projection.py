@@ -11,15 +11,39 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from layers import PEAK_FLOPS, flops_per_token
 
-LAYERS, LAYER, HIDDEN, VOCABULARY = 126, 3_188_752_384, 16384, 128256
-HEAD = HIDDEN * VOCABULARY  # parameters of the output layer, and of the embedding
-PARAMETERS = LAYERS * LAYER + 2 * HEAD + HIDDEN
+
+@dataclass(frozen=True)
+class Llama:
+    """Parameters of a Llama 3.1: 8 key-value heads of 128, a vocabulary of 128,256."""
+
+    hidden: int
+    mlp: int
+    layers: int
+
+    @property
+    def layer(self) -> int:  # queries and outputs, keys and values, three of the MLP, two norms
+        return self.hidden * (2 * self.hidden + 2 * 1024 + 3 * self.mlp + 2)
+
+    @property
+    def head(self) -> int:  # the output layer; as large is the embedding
+        return self.hidden * 128256
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + 2 * self.head + self.hidden
+
+
+LLAMA = {"8B": Llama(4096, 14336, 32), "70B": Llama(8192, 28672, 80),
+         "405B": Llama(16384, 53248, 126)}
+LAYERS, HIDDEN, LAYER = LLAMA["405B"].layers, LLAMA["405B"].hidden, LLAMA["405B"].layer
+HEAD, PARAMETERS = LLAMA["405B"].head, LLAMA["405B"].parameters
 NODE = 8  # GPUs
 SHAPE = SimpleNamespace(num_hidden_layers=LAYERS, num_attention_heads=128, head_dim=128)
 MEMORY = {"H100": 81_559 * 2**20, "H200": 143_771 * 2**20}  # bytes, as nvidia-smi tells them
@@ -30,7 +54,7 @@ ASSUMPTIONS = """\
 * Collectives of a layer, one after the other, hide behind its forward or backward pass; what is
   longer than that is waited for. The first gather and the last sum of a step hide behind nothing.
 * Output layer and loss run at the rate of a layer's matrix products, without recomputation.
-* Where state does not fit on the GPU, --cpu-offload optimizer: 28 bytes a parameter at
+* Where state does not fit on the GPU, --cpu-offload optimizer: 32 bytes a parameter (it clips) at
   {host:g} GB/s a node, beside the forward pass.
 * Memory: state, layer inputs (2 bytes x tokens x hidden a layer, on the host with
   --checkpoint-activations offload), the root's weights and gradient, and what is left of the
@@ -100,7 +124,7 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
                 update = layer["update"] * few / gpus * PARAMETERS / LAYER
                 if away:
                     held -= 14 * PARAMETERS / gpus
-                    cpu = 28 * LAYER / gpus * NODE / host  # a node's GPUs step at once
+                    cpu = 32 * LAYER / gpus * NODE / host  # a node's GPUs step at once
                     update = cpu + (LAYERS - 1) * max(0, cpu - layer["forward"])
                 took = step_seconds(layer, tokens=tokens, gather=gather, add_up=add_up,
                                     update=update)

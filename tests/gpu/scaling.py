@@ -37,14 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark import EIGHT_B_MORE, WIDTHS, Bench, bench_405b, median_seconds
 from conftest import ROOT, options_of, read_metrics, torchrun
-from projection import LAYER
+from projection import LLAMA
 
 import ranks
 
 STATE = 16  # bytes a parameter: weights, gradients, two moments
 PASS_BYTES = 50e9  # units and gradients on their way, activations, logits; seen at 405B's width
 WIDTHS["70b"] = dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
-LAYER_70B = 855_654_400
 
 
 def fitting_layers(parameters: int, gpus: int) -> int:
@@ -61,7 +60,7 @@ def time_collectives(out: Path) -> None:
     processes = ranks.join_processes()
     sum_over_ranks = ranks.GradientSum(
         processes, given=torch.bfloat16, summed=torch.float32, compiled=True)
-    part, count = LAYER // processes.world_size, processes.world_size
+    part, count = LLAMA["405B"].layer // processes.world_size, processes.world_size
     weights = torch.zeros(part * count, dtype=torch.bfloat16, device="cuda")
     shard = weights[:part].clone()
     found = {
@@ -83,8 +82,9 @@ def time_collectives(out: Path) -> None:
 
 
 def bench_slices(bench: Bench, sizes: list[int], lengths: list[int]) -> None:
+    layer, layer_70b = LLAMA["405B"].layer, LLAMA["70B"].layer
     for gpus in sizes:
-        bench_405b(bench, gpus=gpus, depths=(2, fitting_layers(LAYER, gpus)), lengths=lengths)
+        bench_405b(bench, gpus=gpus, depths=(2, fitting_layers(layer, gpus)), lengths=lengths)
         file = bench.folder / f"collectives-{gpus}.json"
         done = torchrun(gpus, __file__, "--collectives", file)
         if done.returncode:
@@ -108,7 +108,7 @@ def bench_slices(bench: Bench, sizes: list[int], lengths: list[int]) -> None:
                 print(f"| {kind}, {about} | {row['step']:.4f} | {row['exposed']:.2f} |"
                       f" {row['weak scaling']:.3f} |", flush=True)
         compiled = dict(compile=True)
-        bench.run(f"70B-wide, {(depth := fitting_layers(LAYER_70B, gpus))} layers, {gpus} GPUs",
+        bench.run(f"70B-wide, {(depth := fitting_layers(layer_70b, gpus))} layers, {gpus} GPUs",
                   {"bfloat16": compiled, "float8": compiled | dict(float8="tensorwise")},
                   width="70b", layers=min(80, depth), seq_length=8192, gpus=gpus)
 
