@@ -8,6 +8,7 @@ Every tiny run is 10 steps in bfloat16. Losses are held against float32 ones of 
 import gzip
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -194,29 +195,48 @@ def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path, tiny, corpus, rows
     assert not (tmp_path / "nan" / "model").exists()
 
 
-def test_8b_wide_layers_train_and_their_figures_are_sane(tmp_path, rows_dir):
-    """Four layers of Llama 3.1 8B's width, on two GPUs at most, 4096 tokens; prints the row."""
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, rows_dir) -> dict:
+    """Options to train four layers of Llama 3.1 8B's width on 4,096 tokens a row."""
     from transformers import LlamaConfig
 
-    download.prepare_demo(tmp_path / "demo")
-    model = build_tiny_model(tmp_path / "slice")  # for its tokenizer
+    folder = tmp_path_factory.mktemp("wide")
+    download.prepare_demo(folder / "demo")
+    model = build_tiny_model(folder / "slice")  # for its tokenizer
     (model / "model.safetensors").unlink()
     LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
     ).save_pretrained(model)
+    return dict(
+        save_dir=folder, rows_dir=rows_dir, model_name=model, random_init=True, seq_length=4096,
+        dataset_name=folder / "demo" / "corpus.jsonl", export_dtype="none", ckpt_freq=0,
+        global_batch_size=min(GPUS, 2), max_steps=15)
+
+
+def test_8b_wide_layers_train_and_their_figures_are_sane(wide):
     for mode in ("off", "on"):
         done = torchrun(min(GPUS, 2), "train_llm.py", *options_of(
-            experiment_name=mode, save_dir=tmp_path, rows_dir=rows_dir, model_name=model,
-            dataset_name=tmp_path / "demo" / "corpus.jsonl", random_init=True, seq_length=4096,
-            export_dtype="none",
-            global_batch_size=min(GPUS, 2), max_steps=15, log_freq=5, checkpoint_activations=mode))
+            experiment_name=mode, log_freq=5, checkpoint_activations=mode, **wide))
         assert done.returncode == 0, done.stderr[-3000:]
-        row = read_metrics(tmp_path / mode)[-1]
+        row = read_metrics(wide["save_dir"] / mode)[-1]
         print(f"activation checkpointing {mode}:", json.dumps(row))
-        print(json.loads((tmp_path / mode / "versions.json").read_text()))
+        print(json.loads((wide["save_dir"] / mode / "versions.json").read_text()))
         assert 0.1 < row["mfu"] < 0.8
         assert row["data_seconds"] < 0.05 * row["step_seconds"]
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_float8_trains_8b_wide_layers_as_bfloat16_does(wide):
+    """Without the rounding that layers.in_float8 asks for, rowwise's first gradient is infinite."""
+    runs = {float8: wide["save_dir"] / f"float8-{float8}"
+            for float8 in ("off", "tensorwise", "rowwise")}
+    on_ranks(min(GPUS, 2), [{"do": "train", "argv": options_of(
+        experiment_name=run.name, float8=float8, compile=True, checkpoint_activations="on",
+        log_freq=1, **wide)} for float8, run in runs.items()], wide["save_dir"])
+    for float8, run in runs.items():
+        print(f"float8 {float8}:", losses(run))
+        assert losses(run) == pytest.approx(losses(runs["off"]), rel=0.03)
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
