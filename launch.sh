@@ -1061,7 +1061,8 @@ host_errors() {
         host_failure "$time" "$kind" torchrun - "exit code $code" "$run_dir/agent.log" \
             "${message:-no word in its log}"
     fi
-    [[ $state != running && $attempt ]] || return 0
+    # Ranks of a run that was stopped before any of them failed were ended, too, but by its user.
+    [[ $state != running && $attempt && ( $state != stopped* || $table ) ]] || return 0
     for folder in "$attempt"/*/; do
         local_rank=$(basename "$folder")
         [[ $local_rank =~ ^[0-9]+$ && $seen != *" $local_rank "* ]] || continue

@@ -315,6 +315,9 @@ def test_stop_ends_a_rank_deaf_to_sigterm_and_detached_children_and_nothing_else
     status = house.launch("status", "--name", "deaf")
     assert status.returncode == 1
     assert "stopped by launch.sh stop" in status.stdout
+    errors = house.launch("errors", "--name", "deaf").stdout
+    assert errors.startswith("localhost: stopped by launch.sh stop")
+    assert errors.endswith("deaf: no rank failed\n")
     assert all(map(is_alive, house.pids("meek")))
     status = house.launch("status", "--name", "meek")
     assert (status.returncode, status.stdout) == (0, "meek on localhost: running\n")
