@@ -298,6 +298,7 @@ def bench_405b(
                                (*(cost[key] for key in ("step", "forward", "backward", "update")),
                                 alone["forward"], alone["backward"]))
             print(f"| {kind} | {times} | {ratio:.3f} |", flush=True)
+            bench.save()
 
 
 FLOAT8 = {
