@@ -189,13 +189,13 @@ class HostAdamW:
         self.found_inf = self.norm = torch.zeros((), device=self.device)
         self.unchanged = self.comparison = None
         self.units, self.slices = [], {}
+        self.worker = ThreadPoolExecutor(
+            1, "adamw", initializer=self.api.set_device, initargs=(self.device,)
+        )
         self.take_over(model, build_adamw, dtype, bytes_on_device)
         self.param_groups = [{"lr": 0.0}]  # of the step to come; the worker may be at one before
         self.sample = Sample([part.tensor for name, part in self.slices.items()
                               if name.startswith("model.")], to="cpu")
-        self.worker = ThreadPoolExecutor(
-            1, "adamw", initializer=self.api.set_device, initargs=(self.device,)
-        )
 
     def take_over(
         self, model: FSDP, build_adamw: Callable, dtype: torch.dtype, bytes_on_device: float
@@ -213,12 +213,15 @@ class HostAdamW:
                     " leave it out")
             log.info("cpu offload: the optimizer's state of %d of %d units stays on the device",
                      stay, len(sizes))
-        slab = pinned(4, sum(sizes[stay:]), self.device)
-        if slab.is_pinned():
-            unpin = torch.cuda.cudart().cudaHostUnregister
-            weakref.finalize(self, unpin, slab.data_ptr()).atexit = False
+        slab = torch.empty(4, sum(sizes[stay:]))
+        log.info("cpu offload: rank 0 takes %.1f GiB of host memory", slab.nbytes / 2**30)
         slabs = [torch.zeros(4, size, device=self.device) for size in sizes[:stay]]
         slabs += slab.split(sizes[stay:], dim=1)
+        self.worker.submit(touch, slabs[stay:], [places for *_, places in shards[stay:]]).result()
+        if self.device.type == "cuda" and slab.numel():
+            pin(slab)
+            unpin = torch.cuda.cudart().cudaHostUnregister
+            weakref.finalize(self, unpin, slab.data_ptr()).atexit = False
         for slab, (_, shard, _) in zip(slabs, shards, strict=True):
             slab[0].copy_(shard)
         # As model.to(dtype), which FSDP allows before the first forward pass; but buffers, such as
@@ -440,18 +443,27 @@ def numbers(ranges: str) -> set[int]:
     return found
 
 
-def pinned(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """(rows, columns) float32 zeros in host memory, pinned for a GPU. Raises InputError.
+def touch(slabs: list[torch.Tensor], places: list[list[tuple]]) -> None:
+    """Zero each parameter's part of each row of each slab by itself, `places` as in own_units.
+
+    A page comes to lie near the core that touches it first. So this runs in the thread that will
+    step, whose helpers share a parameter out then as they do here.
+    """
+    for slab, of_unit in zip(slabs, places, strict=True):
+        ends = {place + p.numel() for _, p, place, _ in of_unit}
+        cuts = sorted({0, slab.shape[1], *ends, *(place for _, _, place, _ in of_unit)})
+        for start, end in itertools.pairwise(cuts):
+            for row in slab[:, start:end]:
+                row.zero_()
+
+
+def pin(slab: torch.Tensor) -> None:
+    """Let GPUs copy to and from `slab` by themselves. Raises InputError.
 
     Not by pin_memory=True, which takes the next power of two.
     """
-    gib = rows * columns * 4 / 2**30
-    log.info("cpu offload: rank 0 takes %.1f GiB of host memory", gib)
-    slab = torch.empty(rows, columns).zero_()  # touched by threads on the cores that will use it
-    if device.type == "cuda" and slab.numel():
-        error = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
-        if error:
-            raise InputError(f"{gib:.1f} GiB of host memory for this rank cannot be pinned (CUDA"
-                             f" error {error}); free host memory, raise `ulimit -l`, or use more"
-                             " nodes")
-    return slab
+    error = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
+    if error:
+        raise InputError(f"{slab.nbytes / 2**30:.1f} GiB of host memory for this rank cannot be"
+                         f" pinned (CUDA error {error}); free host memory, raise `ulimit -l`, or"
+                         " use more nodes")
