@@ -128,17 +128,23 @@ def torchrun(
     )
 
 
-def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300) -> None:
-    """Run the jobs of tests/on_ranks.py, all in one start of `ranks` processes."""
+def run_on_ranks(
+    ranks: int, script: str, *words, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """A script on `ranks` processes of this node: by torchrun or, quicker, by tests/forked.py."""
     import torch
 
+    if torch.cuda.is_available():
+        return torchrun(ranks, script, *words, timeout=timeout)
+    return run([sys.executable, "tests/forked.py", ranks, free_port(), script, *words],
+               timeout=timeout)
+
+
+def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300) -> None:
+    """Run the jobs of tests/on_ranks.py, all in one start of `ranks` processes."""
     file = folder / f"jobs-{ranks}.json"
     file.write_text(json.dumps(jobs))
-    if torch.cuda.is_available():
-        done = torchrun(ranks, "tests/on_ranks.py", file, timeout=timeout)
-    else:
-        done = run([sys.executable, "tests/forked.py", ranks, free_port(), "tests/on_ranks.py",
-                    file], timeout=timeout)
+    done = run_on_ranks(ranks, "tests/on_ranks.py", file, timeout=timeout)
     assert done.returncode == 0, done.stderr[-30000:]
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import main_in_process, options_of, read_metrics, torchrun
+from conftest import main_in_process, options_of, read_metrics, run_on_ranks
 
 import download
 import offload
@@ -21,7 +21,7 @@ def on_two_ranks(jobs: list[dict], folder: Path):
     """One start of tests/on_offload.py."""
     file = folder / "offload-jobs.json"
     file.write_text(json.dumps(jobs))
-    return torchrun(2, "tests/on_offload.py", file)
+    return run_on_ranks(2, "tests/on_offload.py", file)
 
 
 def told(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import build_tiny_model, on_ranks, options_of, torchrun, write_corpus
+from conftest import build_tiny_model, on_ranks, options_of, run_on_ranks, write_corpus
 from safetensors.torch import load_file, save_file
 
 import train_llm
@@ -213,7 +213,7 @@ def test_a_file_cut_short_while_it_is_read_is_named_with_the_tensor(copy):
 def test_a_broken_file_ends_all_ranks_with_one_message(copy, tmp_path):
     with sorted(copy.glob("*.safetensors"))[1].open("rb+") as file:
         file.truncate(100)
-    done = torchrun(2, "train_llm.py", *options_of(
+    done = run_on_ranks(2, "train_llm.py", *options_of(
         experiment_name="x", save_dir=tmp_path, rows_dir=tmp_path / "rows", model_name=copy,
         dataset_name=write_corpus(tmp_path / "corpus.jsonl"), seq_length=32, global_batch_size=2))
     assert done.returncode == 1
