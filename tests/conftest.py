@@ -1,6 +1,7 @@
 """What the tests share: tiny models and data made on the spot, ways to start the real script."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -8,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,16 +131,43 @@ def torchrun(
     )
 
 
+@functools.cache
+def forked() -> subprocess.Popen:
+    """tests/forked.py, which ends with this process."""
+    return subprocess.Popen(
+        [sys.executable, "tests/forked.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def run_on_ranks(
-    ranks: int, script: str, *words, timeout: float = 300
+    ranks: int, script: str, *words, timeout: float = 300, **env
 ) -> subprocess.CompletedProcess:
     """A script on `ranks` processes of this node: by torchrun or, quicker, by tests/forked.py."""
     import torch
 
     if torch.cuda.is_available():
-        return torchrun(ranks, script, *words, timeout=timeout)
-    return run([sys.executable, "tests/forked.py", ranks, free_port(), script, *words],
-               timeout=timeout)
+        return torchrun(ranks, script, *words, timeout=timeout, **env)
+    command = [str(word) for word in (script, *words)]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        print(json.dumps({
+            "ranks": ranks, "port": free_port(), "words": command, "out": str(out), "err": str(err),
+            "env": os.environ | {"OMP_NUM_THREADS": "1"} | env}), file=forked().stdin, flush=True)
+        group, answered = int(forked().stdout.readline()), threading.Event()
+
+        def end_it() -> None:
+            if not answered.wait(timeout):
+                os.killpg(group, signal.SIGKILL)
+
+        watch = threading.Thread(target=end_it)
+        watch.start()
+        status = int(forked().stdout.readline())
+        answered.set()
+        watch.join()
+        done = subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+    if status == -signal.SIGKILL:
+        raise subprocess.TimeoutExpired(command, timeout, done.stdout, done.stderr)
+    return done
 
 
 def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300) -> None:

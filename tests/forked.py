@@ -1,11 +1,15 @@
 """What torchrun does, for tests on CPU processes, in less time.
 
-    python tests/forked.py RANKS PORT SCRIPT ARGUMENT ...
+    python tests/forked.py
 
-The ranks are forked from one process that has imported everything, which takes a rank five to ten
-seconds by itself. When one fails, the others are killed. Not for GPUs: CUDA survives no fork.
+The ranks are forked from this process, which has imported everything; that takes a rank five to ten
+seconds by itself. Each line of standard input asks for one start, in JSON: "ranks", "port", "words"
+(script and arguments), "env", "out" and "err" (files). Answered are the number of the process group
+and, when it has ended, its exit status. When a rank fails, the others are killed. Not for GPUs:
+CUDA survives no fork.
 """
 
+import json
 import os
 import runpy
 import signal
@@ -37,10 +41,10 @@ def run_script(words: list[str]) -> int:
     return 0
 
 
-def main() -> None:
-    ranks, port, *words = sys.argv[1:]
+def start(ranks: int, port: int, words: list[str]) -> int:
+    """Exit status of all ranks of the script: 0, or 1 if one failed."""
     running, failed = set(), False
-    for rank in range(int(ranks)):
+    for rank in range(ranks):
         if pid := os.fork():
             running.add(pid)
         else:
@@ -56,7 +60,22 @@ def main() -> None:
             failed = True
             for other in running:
                 os.kill(other, signal.SIGKILL)
-    sys.exit(failed)
+    return int(failed)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if pid := os.fork():
+            print(pid, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+            continue
+        os.setpgid(0, 0)
+        for place, file in enumerate(("/dev/null", asked["out"], asked["err"])):
+            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), place)
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        os._exit(start(asked["ranks"], asked["port"], asked["words"]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run_on_ranks
 from test_launch import wait_for, write_quick_python
 
 needed = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "tmux", "mount")
@@ -277,12 +277,9 @@ def start_to_train(cluster: Cluster, folder: str, words: list, **environ) -> lis
     return losses(cluster[RANK_0].sh(f"cat {cluster.project}/{folder}/outputs/{name}/*.jsonl"))
 
 
-def losses_on_one_host(words: list, save_dir: Path, name: str, cwd: Path) -> list[float]:
-    done = run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3,
-         ROOT / "train_llm.py", *words, "--save-dir", save_dir], timeout=240,
-        HF_HOME=str(save_dir), PWD=str(cwd),
-    )  # fmt: skip
+def losses_on_one_host(words: list, save_dir: Path, name: str) -> list[float]:
+    done = run_on_ranks(3, "train_llm.py", *words, "--save-dir", save_dir, "--rows-dir",
+                        save_dir / "rows")
     assert done.returncode == 0, done.stderr[-2000:]
     return losses((save_dir / name / "metrics.jsonl").read_text())
 
@@ -298,7 +295,7 @@ def test_three_hosts_train_to_the_losses_of_one_host_with_three_processes(
               "--lr", "1e-3", "--global-batch-size", "6", "--log-freq", "1",
               "--rows-dir", str(tmp_path / "rows")]  # fmt: skip
     data = ["--model-name", str(tiny), "--dataset-name", str(corpus)]
-    one = losses_on_one_host(recipe + data, tmp_path, "three", tmp_path)
+    one = losses_on_one_host(recipe + data, tmp_path, "three")
     data = ["--model-name", "tiny", "--dataset-name", "corpus.jsonl"]  # makes the same rows
     three = start_to_train(cluster, "real", recipe + data)
     assert len(three) == 6
@@ -324,7 +321,7 @@ def test_a_bare_start_makes_the_demo_on_each_host_and_trains_it(cluster, tmp_pat
     demo = cluster["node-2"].project / "bare/demo"
     words = ["--experiment-name", "demo", "--model-name", str(demo / "model"), "--lr", "5e-3",
              "--dataset-name", str(demo / "corpus.jsonl"), *DEMO]
-    one = losses_on_one_host(words, tmp_path, "demo", tmp_path)
+    one = losses_on_one_host(words, tmp_path, "demo")
     print("three hosts:", three, "one host:", one)
     assert three == pytest.approx(one, rel=1e-6)
 
