@@ -30,8 +30,8 @@ from download import InputError
 # A row holds several documents that must not see each other. Kernels for fixed lengths need a mask
 # of T x T for that, which transformers makes anew each pass (looking at the positions, for which
 # the host waits), and the fast ones among them take no mask. Kernels for variable lengths take the
-# places where documents start. PyTorch has one built in: "varlen". flash-attn 2 is no faster on an
-# H200 (see the README), and transformers' way to it looks at the positions all the same.
+# places where documents start. PyTorch has one built in: "varlen". flash-attn 2 is seldom faster on
+# an H200 (see the README), and transformers' way to it looks at the positions all the same.
 
 
 def fastest_attention(config, *, document_mask: bool) -> str:

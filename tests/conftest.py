@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -101,8 +100,12 @@ def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedPr
     """Run a command from the project's folder; text output, no exception."""
     return subprocess.run(
         list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env, check=False,
+        env=environment(**env), check=False,
     )
+
+
+def environment(**env) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | env
 
 
 def free_port() -> int:
@@ -136,11 +139,11 @@ def forked() -> subprocess.Popen:
     """tests/forked.py, which ends with this process."""
     return subprocess.Popen(
         [sys.executable, "tests/forked.py"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        stdout=subprocess.PIPE, env=environment())
 
 
 def run_on_ranks(
-    ranks: int, script: str, *words, timeout: float = 300, **env
+    ranks: int, script: str, *words, timeout: int = 300, **env
 ) -> subprocess.CompletedProcess:
     """A script on `ranks` processes of this node: by torchrun or, quicker, by tests/forked.py."""
     import torch
@@ -152,25 +155,15 @@ def run_on_ranks(
         out, err = Path(folder, "out"), Path(folder, "err")
         print(json.dumps({
             "ranks": ranks, "port": free_port(), "words": command, "out": str(out), "err": str(err),
-            "env": os.environ | {"OMP_NUM_THREADS": "1"} | env}), file=forked().stdin, flush=True)
-        group, answered = int(forked().stdout.readline()), threading.Event()
-
-        def end_it() -> None:
-            if not answered.wait(timeout):
-                os.killpg(group, signal.SIGKILL)
-
-        watch = threading.Thread(target=end_it)
-        watch.start()
+            "env": environment(**env), "timeout": timeout}), file=forked().stdin, flush=True)
         status = int(forked().stdout.readline())
-        answered.set()
-        watch.join()
         done = subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
     if status == -signal.SIGKILL:
         raise subprocess.TimeoutExpired(command, timeout, done.stdout, done.stderr)
     return done
 
 
-def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: float = 300) -> None:
+def on_ranks(ranks: int, jobs: list[dict], folder: Path, *, timeout: int = 300) -> None:
     """Run the jobs of tests/on_ranks.py, all in one start of `ranks` processes."""
     file = folder / f"jobs-{ranks}.json"
     file.write_text(json.dumps(jobs))

@@ -4,9 +4,9 @@
 
 The ranks are forked from this process, which has imported everything; that takes a rank five to ten
 seconds by itself. Each line of standard input asks for one start, in JSON: "ranks", "port", "words"
-(script and arguments), "env", "out" and "err" (files). Answered are the number of the process group
-and, when it has ended, its exit status. When a rank fails, the others are killed. Not for GPUs:
-CUDA survives no fork.
+(script and arguments), "env", "out" and "err" (files), and "timeout" (seconds, after which all are
+killed). The answer is its exit status. When a rank fails, the others are killed. Not for GPUs: CUDA
+survives no fork.
 """
 
 import json
@@ -67,10 +67,11 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if pid := os.fork():
-            print(pid, flush=True)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
             continue
         os.setpgid(0, 0)
+        signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
+        signal.alarm(asked["timeout"])  # which no fork inherits
         for place, file in enumerate(("/dev/null", asked["out"], asked["err"])):
             os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), place)
         os.environ.clear()

@@ -45,6 +45,7 @@ LLAMA = {"8B": Llama(4096, 14336, 32), "70B": Llama(8192, 28672, 80),
 LAYERS, HIDDEN, LAYER = LLAMA["405B"].layers, LLAMA["405B"].hidden, LLAMA["405B"].layer
 HEAD, PARAMETERS = LLAMA["405B"].head, LLAMA["405B"].parameters
 NODE = 8  # GPUs
+USABLE = 0.95  # of a GPU's memory: the rest is for CUDA, NCCL and what no step can use
 SHAPE = SimpleNamespace(num_hidden_layers=LAYERS, num_attention_heads=128, head_dim=128)
 MEMORY = {"H100": 81_559 * 2**20, "H200": 143_771 * 2**20}  # bytes, as nvidia-smi tells them
 ASSUMPTIONS = """\
@@ -119,8 +120,8 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
             inputs = 2 * tokens * HIDDEN * LAYERS
             for device, memory in MEMORY.items():
                 held = working + 4 * HEAD + 16 * PARAMETERS / gpus
-                on_host = held + inputs > 0.95 * memory
-                away = on_host and held > 0.95 * memory
+                on_host = held + inputs > USABLE * memory
+                away = on_host and held > USABLE * memory
                 update = layer["update"] * few / gpus * PARAMETERS / LAYER
                 if away:
                     held -= 14 * PARAMETERS / gpus
@@ -136,7 +137,7 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
                     "GB": (held + (0 if on_host else inputs)) / 1e9,
                     "options": ("--cpu-offload optimizer " if away else "") + (
                         "--checkpoint-activations " + ("offload" if on_host else "on")),
-                    "fits": held + (0 if on_host else inputs) <= 0.95 * memory})
+                    "fits": held + (0 if on_host else inputs) <= USABLE * memory})
     return rows, sizes
 
 

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from projection import LLAMA, MEMORY, NODE, Llama, working_memory
+from projection import LLAMA, MEMORY, NODE, USABLE, Llama, working_memory
 
-USABLE = 0.95  # of a GPU's memory: the rest is for CUDA, NCCL and what no step can use
 HOST = 2e12  # bytes of host memory in a node, at most
 
 
