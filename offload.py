@@ -148,7 +148,7 @@ def offload_gradients(model: FSDP, *, add_up: bool) -> None:
 #                   micro steps they come up first, are added to on the GPU in float32, and go down
 #   norm            taken of each sum while it is on the GPU; one all-reduce makes the exact norm
 #   step            a worker thread steps unit by unit, in the order of the next forward pass,
-#                   clipping folded in, and sends each unit's new weights up
+#                   clipping folded in, and sends each parameter up as soon as it is stepped
 #   forward pass    before a unit is gathered, the host waits until that unit's weights are there
 #
 # Nothing is stale: every pass sees the weights that it would have seen without offload. Cost: the
@@ -164,7 +164,7 @@ class Unit:
     weights: torch.Tensor  # (n,) on the device, what FSDP gathers
     slab: torch.Tensor  # (4, n) float32: weights, first and second moment, gradient
     parts: list[slice]  # where each parameter lies in n
-    adamw: torch.optim.AdamW | None  # of those parts; None if this rank holds none
+    adamws: list[torch.optim.AdamW]  # one for each of those, stepped and sent up by itself
     norms: list[torch.Tensor] = field(default_factory=list)  # of each part's gradient, on device
     landed: object = None  # device event: the gradient is in the slab
     ready: Future | None = None  # stepped; results in the device event after which weights are up
@@ -186,6 +186,8 @@ class HostAdamW:
         self.model, self.device = model, next(model.parameters()).device
         self.api = torch.get_device_module(self.device)  # torch.cuda; on CPU processes torch.cpu
         self.up, self.down = self.api.Stream(), self.api.Stream()
+        # Each kernel of usual priority would wait for one more of the matrix products of the pass.
+        self.rounding = self.api.Stream(priority=-1)
         self.found_inf = self.norm = torch.zeros((), device=self.device)
         self.unchanged = self.comparison = None
         self.units, self.slices = [], {}
@@ -231,19 +233,17 @@ class HostAdamW:
         model.register_forward_pre_hook(lambda *_: self.zero_grad())
         for slab, (fsdp, shard, places) in zip(slabs, checkpoints.own_units(model), strict=True):
             parts = [slice(place, place + p.numel()) for _, p, place, _ in places]
-            named = []
+            adamws = []
             for part, (name, _, _, start) in zip(parts, places, strict=True):
                 whole = math.prod(model.shapes[name])
                 master, *moments, gradient = (row[part] for row in slab)
                 master.grad = gradient
-                named.append((name, master))
                 for kind, row in zip(("model", *MOMENTS), (master, *moments), strict=True):
                     self.slices[f"{kind}.{name}"] = checkpoints.Slice(row, start, whole)
-            adamw = build_adamw(named) if named else None
-            for name, master in named:
-                moments = {kind: self.slices[f"{kind}.{name}"].tensor for kind in MOMENTS}
-                adamw.state[master] = {"step": torch.zeros((), device=slab.device), **moments}
-            unit = Unit(shard, slab, parts, adamw)
+                adamws.append(build_adamw([(name, master)]))
+                adamws[-1].state[master] = {"step": torch.zeros((), device=slab.device),
+                                            **dict(zip(MOMENTS, moments, strict=True))}
+            unit = Unit(shard, slab, parts, adamws)
             self.units.append(unit)
             # register_comm_hook takes one state for all units; a hook that is to know its unit
             # needs a state for each: `_comm_hook_state` (torch 2.11, 2.13).
@@ -311,26 +311,34 @@ class HostAdamW:
     def step_unit(self, unit: Unit, scale: Future, lr: float, has_gradient: bool) -> object:
         """One step of one unit, in the worker; the device event after which its weights are up."""
         scale = scale.result()
-        if scale is not None and has_gradient:
-            for group in unit.adamw.param_groups:
-                group["lr"] = lr
-            with self.api.stream(self.up):  # where the slab is on the device
-                unit.adamw.grad_scale = None if scale == 1 else torch.tensor(
-                    scale, device=unit.slab.device)
-                unit.adamw.step()
-        return self.send_up(unit)
+        with self.api.stream(self.up):  # where the slab is on the device
+            divisor = None if scale in (None, 1) else torch.tensor(scale, device=unit.slab.device)
+            for part, adamw in zip(unit.parts, unit.adamws, strict=True):
+                if scale is not None and has_gradient:
+                    adamw.param_groups[0]["lr"] = lr
+                    adamw.grad_scale = divisor
+                    adamw.step()
+                self.send_up(unit, part)
+        return self.sent()
 
     def compare_sample(self) -> torch.Tensor:
         with self.api.stream(self.up):
             return self.sample.compare()
 
-    def send_up(self, unit: Unit) -> object:
+    def send_up(self, unit: Unit, part: slice) -> None:
         with self.api.stream(self.up):
+            master = unit.slab[0, part].to(self.device, non_blocking=True)
+        self.rounding.wait_stream(self.up)
+        with self.api.stream(self.rounding):
             # The GPU rounds: a copy that changes the type on its way would do that on the host.
-            unit.weights.copy_(unit.slab[0].to(self.device, non_blocking=True))
-        sent = self.api.Event()
-        sent.record(self.up)
-        return sent
+            unit.weights[part].copy_(master)
+        used_on(self.rounding, master)
+
+    def sent(self) -> object:
+        """The device event after which all that was sent up is there."""
+        event = self.api.Event()
+        event.record(self.rounding)
+        return event
 
     def wait_for(self, unit: Unit) -> None:
         """Until the unit's weights are those of the last step. Raises the worker's error.
@@ -362,9 +370,11 @@ class HostAdamW:
         for name, part in self.state_dict().items():
             part.tensor.copy_(slices[name].tensor)
         for unit in self.units:
-            for moments in unit.adamw.state.values() if unit.adamw else ():
-                moments["step"].fill_(step)
-            self.send_up(unit).synchronize()
+            for part, adamw in zip(unit.parts, unit.adamws, strict=True):
+                for moments in adamw.state.values():
+                    moments["step"].fill_(step)
+                self.send_up(unit, part)
+        self.sent().synchronize()
 
 
 def used_on(stream: torch.Stream, tensor: torch.Tensor) -> None:

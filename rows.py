@@ -103,7 +103,11 @@ class Joined:
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy on the device; from pinned memory, so that the host does not wait for it."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    pinned = torch.empty_like(tensor, pin_memory=True)
+    pinned.numpy()[...] = array  # torch would wait for its threads, which may be AdamW's just now
+    return pinned.to(device, non_blocking=True)
 
 
 def row_inputs(args: Namespace, *, held_out: bool) -> list[dict]:

@@ -135,9 +135,9 @@ def hold_and_load(optimizer, model, slices, batches) -> dict:
         moved.append(any(not torch.equal(slices[n].tensor, taken[n].tensor) for n in slices))
     optimizer.load_state_dict(taken, 3)
     same = all(torch.equal(slices[name].tensor, taken[name].tensor) for name in slices)
-    units = [unit for unit in optimizer.units if unit.adamw]
+    units = optimizer.units
     same &= all(torch.equal(u.weights, u.slab[0].to(u.weights.dtype)) for u in units)
-    same &= all(m["step"] == 3 for u in units for m in u.adamw.state.values())
+    same &= all(m["step"] == 3 for u in units for one in u.adamws for m in one.state.values())
     return {"held moved": moved[0], "then moved": moved[1], "loaded": bool(same)}
 
 

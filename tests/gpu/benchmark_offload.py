@@ -16,6 +16,7 @@ left out. Host memory for wide, kept and deep: 16 bytes a parameter, 153, 153 an
 import argparse
 import gc
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import write_text
 from conftest import ROOT, build_tokenizer, free_port, options_of, read_metrics
 
+import download
 import offload
 import train_llm
 
@@ -195,6 +198,7 @@ def worker(file: Path) -> None:
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.started, self.report = args, time.monotonic(), {}
+        self.starts, self.port = itertools.count(), free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="offload-"))
         self.text = write_text(self.folder / "text.jsonl", 1 if args.quick else 8)
 
@@ -230,10 +234,11 @@ class Bench:
 
     def run(self, jobs: list[dict]) -> tuple[dict, str]:
         """({job: [its result on each rank]}, standard error), in one start of the processes."""
-        file = self.folder / f"jobs-{len(list(self.folder.glob('jobs-*.json')))}.json"
+        start = next(self.starts)
+        file, port = self.folder / f"jobs-{start}.json", self.port + 10 * (start % 10)
         file.write_text(json.dumps(jobs))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(GPUS),
-                   "--master-addr", "127.0.0.1", "--master-port", str(free_port()), __file__,
+                   "--master-addr", "127.0.0.1", "--master-port", str(port), __file__,
                    "--worker", str(file)]
         log = file.with_suffix(".log")
         with log.open("w") as out:
@@ -278,7 +283,13 @@ class Bench:
                      lr=1e-4, warmup_steps=5, max_grad_norm=0.5, checkpoint_activations="off")
             for name, (mode, n) in cases.items()
         ]
-        found, log = self.run(jobs)
+        download.prepare_rows(model_name=str(model), dataset_name=str(self.text),
+                              seq_length=args.tokens, rows_dir=self.folder / "rows")
+        found, log = {}, ""
+        with ThreadPoolExecutor(len(jobs)) as at_once:  # side by side, as no time is taken here
+            for results, said in at_once.map(lambda job: self.run([job]), jobs):
+                found |= results
+                log += said
         table, losses = [], {}
         for name, (mode, n) in cases.items():
             if any("error" in result for result in found[name]):
@@ -293,7 +304,6 @@ class Bench:
                 "mean": statistics.mean(away),
                 "first loss": losses[name][0], "last loss": losses[name][-1],
                 "steps clipped": sum(row["grad_norm"] > 0.5 for row in rows_),
-                "ms a step": 1e3 * statistics.median(r["step_seconds"] for r in rows_[2:]),
                 "update_lost": rows_[-1]["update_lost"],
             })
         self.tell("numbers", table, {"losses": losses}, log, found)
@@ -345,9 +355,13 @@ class Bench:
         units = sorted((u, (e - s) / 1e9) for st, u, s, e, _ in found[group][0]["units"]
                        if st == steps["hidden"][-1])
         more = {"bandwidth": bandwidth, "parameters": self.parameters(model),
+                "memory was full": rows[-1].get("alloc_retries", 0) - rows[2].get("alloc_retries", 0),
+                "gpu_reserved_gib": rows[-1].get("peak_reserved_gib"),
                 "parameters on the host": count, "units of one step": units,
                 "gpu_peak_gib": found[group][0].get("gpu_peak_gib"), "batch": batch,
                 "host_peak_gib": [r["host_peak_gib"] for r in found[group]]}
+        print(f"memory was full {more['memory was full']} times, peak {more['gpu_peak_gib']} GiB,"
+              f" reserved {more['gpu_reserved_gib']}")
         self.tell(group, table, more, log, found)
 
     def memory(self) -> None:
@@ -440,7 +454,7 @@ def main() -> None:
         wide = deep = dict(hidden=256, mlp=512, layers=2, heads=4, batch=2, tokens=128,
                            elements=1 << 22)
     # The root, the embedding and the first layer stay on the GPUs.
-    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=18, layers=4, compile=True)
+    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=4, tokens=16384, layers=4, compile=True)
     if args.quick:
         kept = dict(gpu_optimizer_gib=0.02, compile=True)
     groups = {"numbers": bench.numbers, "wide": lambda: bench.hidden("wide", **wide),
