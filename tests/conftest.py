@@ -108,17 +108,23 @@ def environment(**env) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | env
 
 
-def free_port() -> int:
-    """A port to begin with: jobs in one start use up to a hundred behind it, too.
+claimed: list[socket.socket] = []  # the last port of the hundred that this process uses
 
-    So not one that the system gives away (32768 and up), and each of several test workers draws
-    from a range of its own.
+
+def free_port() -> int:
+    """A port to begin with: jobs in one start use up to ninety behind it, too.
+
+    So not one that the system gives away (32768 and up), each of several test workers draws from a
+    range of its own, and what was drawn stays this process's until it draws again.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
         port = random.SystemRandom().randrange(50) * 100 + 10_000 + 5_000 * worker
+        claim = socket.socket()
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("127.0.0.1", port))
+            claim.bind(("127.0.0.1", port + 99))
+            claimed[:] = [claim]
             return port
 
 
