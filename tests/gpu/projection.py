@@ -3,8 +3,8 @@
     python tests/gpu/projection.py SCALING_JSON [--gpus 64] [--network 50] [--host-bandwidth 300]
 
 SCALING_JSON is what scaling.py wrote: the cost of one layer, the same layer unsharded, a layer's
-collectives by themselves, and memory of slices on two numbers of GPUs. What is assumed is in
-ASSUMPTIONS, which is printed with the table.
+collectives by themselves, and the memory of slices. What is assumed is in ASSUMPTIONS, which is
+printed with the table.
 """
 
 import argparse
@@ -39,9 +39,14 @@ class Llama:
     def parameters(self) -> int:
         return self.layers * self.layer + 2 * self.head + self.hidden
 
+    def slice_of(self, layers: int, vocabulary: int) -> int:
+        """Parameters of a slice."""
+        return layers * self.layer + 2 * vocabulary * self.hidden + self.hidden
+
 
 LLAMA = {"8B": Llama(4096, 14336, 32), "70B": Llama(8192, 28672, 80),
          "405B": Llama(16384, 53248, 126)}
+VOCABULARY = 8192  # of the slices
 LAYERS, HIDDEN, LAYER = LLAMA["405B"].layers, LLAMA["405B"].hidden, LLAMA["405B"].layer
 HEAD, PARAMETERS = LLAMA["405B"].head, LLAMA["405B"].parameters
 NODE = 8  # GPUs
@@ -58,8 +63,9 @@ ASSUMPTIONS = """\
 * Where state does not fit on the GPU, --cpu-offload optimizer: 32 bytes a parameter (it clips) at
   {host:g} GB/s a node, beside the forward pass.
 * Memory: state, layer inputs (2 bytes x tokens x hidden a layer, on the host with
-  --checkpoint-activations offload), the root's weights and gradient, and what is left of the
-  slices' reserved memory on {sizes} GPUs when the part that shrinks with their number is gone."""
+  --checkpoint-activations offload), the root's weights and gradient, and what two layers reserved
+  beside their state on {sizes} GPUs: the part that does not shrink with the number of GPUs or,
+  measured on one number of them, all of it."""
 
 
 def collective_seconds(gpus: int, *, nvlink: float, network: float) -> tuple[float, float]:
@@ -88,19 +94,20 @@ def step_seconds(
 
 
 def working_memory(tables: dict, tokens: int, kind: str) -> tuple[float, list[int]]:
-    """(bytes of a slice's reserved memory that do not shrink with more GPUs, GPUs measured on).
+    """(bytes that a slice of two layers reserves beside its state, GPUs it was measured on).
 
-    Two slices of the same depth: reserved = a + b / GPUs.
+    On several numbers of GPUs: a of a + b / GPUs. On one: all.
     """
     found = {}
     for name, rows in tables.items():
         match = re.fullmatch(rf"405B-wide, 2 layers, {tokens:,} tokens, (\d+) GPUs", name)
         if match and kind in rows:
-            found[int(match[1])] = rows[kind]["peak_reserved_gib"] * 2**30
+            gpus = int(match[1])
+            state = 16 * LLAMA["405B"].slice_of(2, VOCABULARY) / gpus
+            found[gpus] = rows[kind]["peak_reserved_gib"] * 2**30 - state
     few, many = min(found), max(found)
     if few == many:
-        raise SystemExit(f"{tokens} tokens, {kind}: memory was measured on {few} GPUs alone; it"
-                         " takes two numbers of GPUs (scaling.py --gpus 2,4)")
+        return found[many], [many]
     return (found[many] * many - found[few] * few) / (many - few), sorted(found)
 
 

@@ -3,8 +3,8 @@
     python tests/gpu/what_fits.py OFFLOAD_JSON SCALING_JSON [--tokens 4096]
 
 OFFLOAD_JSON is what `benchmark_offload.py --only memory` wrote: bytes a parameter of each mode.
-SCALING_JSON is what scaling.py wrote, with slices of 405B's width on two numbers of GPUs: the
-memory that a pass needs beside that, which grows with the parameters of a layer.
+SCALING_JSON is what scaling.py wrote, with slices of 405B's width: the memory that a pass needs
+beside that, which grows with the parameters of a layer.
 """
 
 import argparse
