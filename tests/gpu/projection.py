@@ -47,6 +47,8 @@ class Llama:
 LLAMA = {"8B": Llama(4096, 14336, 32), "70B": Llama(8192, 28672, 80),
          "405B": Llama(16384, 53248, 126)}
 VOCABULARY = 8192  # of the slices
+HOST = 2e12  # bytes of host memory in a node, at most
+MODES = {"off": {"gpu": 16, "host": 0}, "optimizer": {"gpu": 2, "host": 16}}  # bytes a parameter
 LAYERS, HIDDEN, LAYER = LLAMA["405B"].layers, LLAMA["405B"].hidden, LLAMA["405B"].layer
 HEAD, PARAMETERS = LLAMA["405B"].head, LLAMA["405B"].parameters
 NODE = 8  # GPUs
@@ -111,6 +113,38 @@ def working_memory(tables: dict, tokens: int, kind: str) -> tuple[float, list[in
     return (found[many] * many - found[few] * few) / (many - few), sorted(found)
 
 
+def needed(
+    shape: Llama, gpus: int, *, bytes_each: dict[str, float], working: float, tokens: int,
+    inputs_away: bool,
+) -> tuple[float, float]:
+    """(bytes on each GPU, bytes of host memory in each node), at one row of `tokens` a GPU.
+
+    `bytes_each`: {"gpu": a parameter, "host": a parameter}; `working`: of 405B's width.
+    """
+    inputs = 2 * tokens * shape.hidden * shape.layers
+    state = bytes_each["gpu"] * shape.parameters / gpus
+    gpu = state + working * shape.layer / LAYER + 4 * shape.head
+    host = NODE * bytes_each["host"] * shape.parameters / gpus
+    return gpu + (0 if inputs_away else inputs), host + (NODE * inputs if inputs_away else 0)
+
+
+def fastest(
+    shape: Llama, gpus: int, memory: float, *, modes: dict, working: float, tokens: int
+) -> tuple[str, bool, float, float, bool]:
+    """(mode, whether layer inputs wait on the host, bytes on each GPU and each host, fits).
+
+    The first of `modes`, each with inputs on the GPU before that with inputs on the host, that
+    fits; or the last.
+    """
+    for mode, bytes_each in modes.items():
+        for inputs_away in (False, True):
+            gpu, host = needed(shape, gpus, bytes_each=bytes_each, working=working, tokens=tokens,
+                               inputs_away=inputs_away)
+            if gpu <= USABLE * memory and host <= HOST:
+                return mode, inputs_away, gpu, host, True
+    return mode, inputs_away, gpu, host, False
+
+
 def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[list[dict], list]:
     """Rows of the table, and the numbers of GPUs measured on. `network`, `host`: bytes a second."""
     rows = []
@@ -124,14 +158,11 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
         gather, add_up = collective_seconds(gpus, nvlink=nvlink, network=0.8 * network)
         for kind, layer in kinds.items():
             working, sizes = working_memory(tables, tokens, kind)
-            inputs = 2 * tokens * HIDDEN * LAYERS
             for device, memory in MEMORY.items():
-                held = working + 4 * HEAD + 16 * PARAMETERS / gpus
-                on_host = held + inputs > USABLE * memory
-                away = on_host and held > USABLE * memory
+                mode, inputs_away, held, _, fits = fastest(
+                    LLAMA["405B"], gpus, memory, modes=MODES, working=working, tokens=tokens)
                 update = layer["update"] * few / gpus * PARAMETERS / LAYER
-                if away:
-                    held -= 14 * PARAMETERS / gpus
+                if mode == "optimizer":
                     cpu = 32 * LAYER / gpus * NODE / host  # a node's GPUs step at once
                     update = cpu + (LAYERS - 1) * max(0, cpu - layer["forward"])
                 took = step_seconds(layer, tokens=tokens, gather=gather, add_up=add_up,
@@ -141,10 +172,10 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
                     "GPUs": f"{gpus} {device}", "tokens": tokens, "compute": kind,
                     "layer from": few, **took, "tokens/s/GPU": tokens / took["step"],
                     "MFU": tokens / took["step"] * flops / PEAK_FLOPS[device],
-                    "GB": (held + (0 if on_host else inputs)) / 1e9,
-                    "options": ("--cpu-offload optimizer " if away else "") + (
-                        "--checkpoint-activations " + ("offload" if on_host else "on")),
-                    "fits": held + (0 if on_host else inputs) <= USABLE * memory})
+                    "GB": held / 1e9,
+                    "options": f"--cpu-offload {mode} --checkpoint-activations "
+                               + ("offload" if inputs_away else "on"),
+                    "fits": fits})
     return rows, sizes
 
 

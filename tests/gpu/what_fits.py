@@ -13,37 +13,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from projection import LLAMA, MEMORY, NODE, USABLE, Llama, working_memory
-
-HOST = 2e12  # bytes of host memory in a node, at most
+from projection import LLAMA, MEMORY, NODE, Llama, fastest, working_memory
 
 
-def needed(
-    shape: Llama, gpus: int, *, bytes_each: dict[str, float], working: float, tokens: int,
-    inputs_away: bool,
-) -> tuple[float, float]:
-    """(bytes on each GPU, bytes of host memory in each node), at one row of `tokens` a GPU.
-
-    `bytes_each`: {"gpu": a parameter, "host": a parameter}; `working`: of 405B's width.
-    """
-    inputs = 2 * tokens * shape.hidden * shape.layers
-    state = bytes_each["gpu"] * shape.parameters / gpus
-    gpu = state + working * shape.layer / LLAMA["405B"].layer + 4 * shape.head
-    host = NODE * bytes_each["host"] * shape.parameters / gpus
-    return gpu + (0 if inputs_away else inputs), host + (NODE * inputs if inputs_away else 0)
-
-
-def best(shape: Llama, gpus: int, memory: float, *, modes: dict, working: float,
-         tokens: int) -> str:
+def best(shape: Llama, gpus: int, memory: float, **about) -> str:
     """The fastest mode that fits, and what it needs, in words; "-" if none does."""
-    for mode, bytes_each in modes.items():
-        for inputs_away in (False, True):
-            gpu, host = needed(shape, gpus, bytes_each=bytes_each, working=working, tokens=tokens,
-                               inputs_away=inputs_away)
-            if gpu <= USABLE * memory and host <= HOST:
-                words = f"`{mode}`{', inputs on the host' if inputs_away else ''}: {gpu / 1e9:.0f}"
-                return words + (f", host {host / 1e9:,.0f}" if host else "")
-    return "-"
+    mode, inputs_away, gpu, host, fits = fastest(shape, gpus, memory, **about)
+    if not fits:
+        return "-"
+    words = f"`{mode}`{', inputs on the host' if inputs_away else ''}: {gpu / 1e9:.0f}"
+    return words + (f", host {host / 1e9:,.0f}" if host else "")
 
 
 def main() -> None:
