@@ -454,7 +454,7 @@ def main() -> None:
         wide = deep = dict(hidden=256, mlp=512, layers=2, heads=4, batch=2, tokens=128,
                            elements=1 << 22)
     # The root, the embedding and the first layer stay on the GPUs.
-    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=1, tokens=49152, layers=4, compile=True)
+    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=1, tokens=49152, compile=True)
     if args.quick:
         kept = dict(gpu_optimizer_gib=0.02, compile=True)
     groups = {"numbers": bench.numbers, "wide": lambda: bench.hidden("wide", **wide),
