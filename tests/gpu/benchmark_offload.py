@@ -2,15 +2,17 @@
 
     python tests/gpu/benchmark_offload.py [--quick | --small] [--only numbers,wide] [--model DIR]
 
-Groups, each one start of the processes, through the script itself:
+Groups, each one start of the processes (`numbers`: one a case, side by side), through the script
+itself:
   numbers  losses of off, on and optimizer, clipping active, 1 and 4 micro steps (--model: real one)
   wide     layers as wide as Llama 3.1 405B's: the update hidden, exposed, and left out, in one run
-  kept     the same, where the state of the first layer stays on the GPUs (--gpu-optimizer-gib)
+  kept     the same, where the state of the first layer stays on the GPUs (--gpu-optimizer-gib), on
+           one long row a GPU, so that the forward pass takes as long as the CPU step
   deep     the same with more and narrower layers, as wide as 70B's
   memory   peak GPU and host memory a parameter, three modes at two sizes
   killed   a rank killed in the middle of an overlapped step, and the run resumed
 Prints a table a group; writes offload.json and traces into --out ($OUT). A failing case is told and
-left out. Host memory for wide, kept and deep: 16 bytes a parameter, 153, 153 and 192 GB.
+left out. Host memory for wide, kept and deep: 16 bytes a parameter, 153, 102 and 192 GB.
 """
 
 import argparse
