@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint import planner as dcp_planner
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -37,7 +38,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import AutoTokenizer, GenerationConfig
 
-from download import InputError
+from download import InputError, first_line
 from ranks import Processes
 
 if TYPE_CHECKING:
@@ -292,23 +293,40 @@ class Saver:
         """Wait for the save in flight, then make room. Sets `saved_step` back if it failed."""
         if self.in_flight is None:
             return
+        why = ""
         try:
             self.in_flight.result()
         except (Exception, dcp.CheckpointException) as error:  # which is no Exception
+            why = (str(error).strip() or repr(error)).splitlines()[-1]
+        self.in_flight = None
+        reasons = [None] * self.processes.world_size
+        dist.all_gather_object(reasons, why)
+        if any(reasons):
             log.error("the checkpoint of step %d was not written (%s; %.1f GiB free in %s);"
-                      " training goes on", self.saved_step, str(error).strip().splitlines()[-1],
-                      shutil.disk_usage(self.folder).free / 2**30, self.folder)
+                      " training goes on", self.saved_step, next(filter(None, reasons)),
+                      shutil.disk_usage(self.folder.parent).free / 2**30, self.folder)
             if self.processes.local_rank == 0:
                 shutil.rmtree(self.folder / f"step-{self.saved_step:08}", ignore_errors=True)
             self.saved_step = None
-        self.in_flight = None
+            # DCP asks the same process again, be it dead or not; without one it starts one, on all
+            # ranks at once. A name of its own (torch 2.11, 2.13).
+            _async_process_executor._CHECKPOINT_PROCESS = None
+            return
         whole = on_rank_0(lambda: whole_checkpoints(self.folder.parent))
-        kept = {path.name for path in whole[: self.args.keep_checkpoints]}
-        if self.processes.local_rank == 0 and self.saved_step:
+        # Later ones were refused as damaged, or training would have gone on from there.
+        sound = [path.name for path in whole if path.name <= f"step-{self.saved_step:08}"]
+        if self.processes.local_rank == 0:
             for old in sorted(self.folder.glob("step-*")):
-                if old.name not in kept:
+                if old.name not in sound[: self.args.keep_checkpoints]:
                     (old / ".metadata").unlink(missing_ok=True)  # first: half gone, it is none
                     shutil.rmtree(old, ignore_errors=True)
+
+    def require(self, step: int) -> None:
+        """Raises InputError if the run ends here and what it reached is in no checkpoint."""
+        if self.args.ckpt_freq and self.saved_step != step:
+            raise InputError(f"the last checkpoint, of step {step}, was not written (see above);"
+                             f" make room in {self.folder} and give the same command again, which"
+                             " goes on from the newest checkpoint there")
 
 
 def check_room(
@@ -372,6 +390,7 @@ def shared_slab(size: int, *, pinned: bool) -> torch.Tensor:
                          f" {size * ranks / 2**30:.1f} GiB of shared memory, /dev/shm has"
                          f" {free / 2**30:.1f} free; enlarge it (mount -o remount,size=...), or use"
                          " --async-checkpoint off")
+    dist.barrier()  # no rank takes its share before all have looked
     slab = torch.empty(size, dtype=torch.uint8).share_memory_()
     if pinned:
         torch.cuda.check_error(
@@ -422,7 +441,14 @@ def describe(state: "TrainState") -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whatever happens, the file has its old content or all of the new one."""
+    half_made = path.with_name(f".{path.name}.half-made")
+    half_made.write_text(text)
+    half_made.replace(path)
 
 
 # --- 4. Loading -------------------------------------------------------------------------------
@@ -435,6 +461,26 @@ def write_json(path: Path, content: dict) -> None:
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoints that were written to their end, newest first."""
     return sorted((p.parent for p in folder.glob("checkpoints/step-*/.metadata")), reverse=True)
+
+
+def options_begun_with(folder: Path) -> dict:
+    """The options that the run in `folder` was begun with; {} on a host that has none of them."""
+    file = folder / "args.json"
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({first_line(error)}); restore it, or move it away"
+                         " to resume whatever the options are") from None
+
+
+def keep_rows(path: Path, *, until: int) -> None:
+    """Drop rows of steps that were lost and will come again, and what a full disk cut short."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= until:
+                kept.append(line)
+    write_whole(path, "".join(kept))
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -619,6 +665,7 @@ def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
 
     One process, without a process group. Raises InputError.
     """
+    source = source.absolute()
     run = source.parent.parent if (source / ".metadata").exists() else source
     found = whole_checkpoints(source) if run == source else [source]
     if not found:

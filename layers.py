@@ -40,7 +40,8 @@ def fastest_attention(config, *, document_mask: bool) -> str:
     if getattr(config, "attn_logit_softcapping", None):  # sdpa and varlen have no soft cap
         return "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "eager"
     width = head_width(config)
-    if not (on_gpu and document_mask) or width % 8 or width > 256:  # what varlen takes
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
+    if not (on_gpu and document_mask) or width % 8 or width > 256 or dropout:  # not for varlen
         return "sdpa"
     return "varlen"
 

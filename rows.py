@@ -8,6 +8,7 @@ import functools
 import json
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
@@ -157,7 +158,8 @@ def rows_of_step(
     epoch, row = np.divmod(nth, sizes[source])
     for which in {*zip(source.tolist(), epoch.tolist(), strict=True)}:
         chosen = (source == which[0]) & (epoch == which[1])
-        row[chosen] = epoch_order(*which, rows=int(sizes[which[0]]), seed=seed)[row[chosen]]
+        order = order_of(which[0])(which[1], rows=int(sizes[which[0]]), seed=seed)
+        row[chosen] = order[row[chosen]]
     return row + (np.cumsum(sizes) - sizes)[source]
 
 
@@ -173,7 +175,13 @@ def turns_of(shares: tuple[Fraction, ...]) -> tuple[np.ndarray, np.ndarray, np.n
     return turns[order], nth[order], counts
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
+def order_of(source: int) -> Callable[..., np.ndarray]:
+    """epoch_order of one data set, which remembers two: a step may see the end of an epoch and the
+    beginning of the next."""
+    return functools.lru_cache(maxsize=2)(functools.partial(epoch_order, source))
+
+
 def epoch_order(source: int, epoch: int, *, rows: int, seed: int) -> np.ndarray:
     """A shuffled range(rows), (N,) uint32.
 

@@ -17,6 +17,11 @@ recomputation of activations is "activation checkpointing". Shapes: B rows in a 
 tokens in a row, G rows in a step over all ranks, N prepared rows.
 """
 
+import os
+
+if __name__ == "__mp_main__":  # the process that writes checkpoints beside training
+    os.setsid()  # at once: what stops all processes of a group must let it write to the end
+
 import argparse
 import contextlib
 import functools
@@ -27,7 +32,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import platform
 import resource
 import signal
@@ -186,6 +190,8 @@ def check_options(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not (least <= value < math.inf):
                 raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    if args.seed >= 2**32:
+        raise OptionError(f"--seed {args.seed}: must be less than 2**32")
     if args.min_lr_ratio > 1:
         raise OptionError(f"--min-lr-ratio {args.min_lr_ratio}: must be a share, from 0 to 1")
     rows = args.batch_size * int(os.environ.get("WORLD_SIZE", 1))
@@ -228,8 +234,11 @@ def check_options(args: argparse.Namespace) -> None:
          "without --cpu-offload optimizer"),
         ("--cpu-offload on", args.cpu_offload == "on", on_gpu, "without a GPU"),
         ("--reduce-dtype bfloat16", args.reduce_dtype != "float32", on_gpu, "without a GPU"),
-        ("--forward-prefetch", args.forward_prefetch, on_gpu, "without a GPU"),
-        ("--no-limit-all-gathers", not args.limit_all_gathers, on_gpu, "without a GPU"),
+        ("--forward-prefetch", args.forward_prefetch, on_gpu and not alone, "without two GPUs"),
+        ("--no-limit-all-gathers", not args.limit_all_gathers, on_gpu and not alone,
+         "without two GPUs"),
+        ("--async-checkpoint on", args.async_checkpoint == "on", args.ckpt_freq,
+         "with --ckpt-freq 0"),
     ):
         if given and not has_effect:
             raise OptionError(f"{option} has no effect {where}; leave it out")
@@ -244,7 +253,7 @@ def check_run_folder(args: argparse.Namespace, *, recipe: list[str]) -> None:
                           " choose another --save-dir")
     if args.allow_changes or args.eval_only or not checkpoints.whole_checkpoints(folder):
         return
-    begun_with, asked = json.loads((folder / "args.json").read_text()), as_json(vars(args))
+    begun_with, asked = checkpoints.options_begun_with(folder), as_json(vars(args))
     changed = [f"--{name.replace('_', '-')} was {begun_with[name]}, is {asked[name]}"
                for name in recipe if begun_with.get(name, asked[name]) != asked[name]]
     if changed:
@@ -314,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     if state.step == steps and args.export_dtype != "none":
         heart.beat("exporting", state.step)
         checkpoints.export_model(state, args, folder, processes)
+    saver.require(state.step)
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
@@ -587,7 +597,10 @@ def planned_steps(args: argparse.Namespace, rows: Rows) -> int:
             f" {args.num_epochs} epochs of them are less than one step of --global-batch-size"
             f" {args.global_batch_size}; lower it or --seq-length, or add data"
         )
-    return min(steps, args.max_steps or steps)
+    steps = min(steps, args.max_steps or steps)
+    if (args.profile or 0) > steps:
+        raise InputError(f"--profile {args.profile}: the run has {steps} steps; name one of them")
+    return steps
 
 
 def seed_of(*numbers: int) -> int:
@@ -690,7 +703,8 @@ def begin_or_resume(
     found = checkpoints.find_checkpoints(folder)
     if args.cpu_offload != "off" and processes.device.type == "cuda":
         offload.use_cores_near_gpu(processes.local_rank)
-    if processes.rank == 0 and not found and not args.eval_only:
+    kept = found and (folder / "model-files").exists()
+    if processes.rank == 0 and not kept and not args.eval_only:
         checkpoints.keep_model_files(model, args, folder)
     plan = None if found else find_weights(model, args, processes)
     sharded = shard(model, plan, args, processes)
@@ -722,9 +736,8 @@ class Meter:
         self.args, self.rows, self.val_rows = args, rows, val_rows
         self.heart, self.processes = heart, processes
         self.path = path = folder / "metrics.jsonl"
-        if processes.rank == 0:  # rows of steps that were lost are written anew
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(x for x in lines if json.loads(x)["step"] <= state.step))
+        if processes.rank == 0:
+            checkpoints.keep_rows(path, until=state.step)
         config = state.model.module.config.get_text_config()
         self.flops_per_token = layers.flops_per_token(
             config, state.model.matmul_parameters, args.seq_length
@@ -822,8 +835,11 @@ class Meter:
                         row["alloc_retries"] - self.alloc_retries)
             self.alloc_retries = row["alloc_retries"]
         if self.processes.rank == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                log.error("row %d of %s was not written (%s)", state.step, self.path, error)
             self.bar.set_postfix_str(
                 f"loss {loss:.4f}, {row['tokens_per_second']:,.0f} tokens/s", refresh=False
             )
@@ -903,7 +919,7 @@ def make_run_folder(args: argparse.Namespace, rows: Rows, processes: Processes) 
     if processes.rank == 0:
         digest, old = rows.digest, folder / "args.json"
         resumes = checkpoints.whole_checkpoints(folder) and not args.allow_changes
-        if resumes and json.loads(old.read_text()).get("rows_sha256", digest) != digest:
+        if resumes and checkpoints.options_begun_with(folder).get("rows_sha256", digest) != digest:
             raise InputError(f"{' '.join(args.dataset_name)} or the tokenizer changed since"
                              f" {folder} was begun, and makes other rows; restore it, give another"
                              " --experiment-name, or --allow-changes")
@@ -932,7 +948,7 @@ def versions(processes: Processes) -> dict:
     }
 
 
-if __name__ == "__mp_main__":  # in the process that writes checkpoints
+if __name__ == "__mp_main__":
     logging.disable(logging.INFO)
 
 if __name__ == "__main__":

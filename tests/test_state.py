@@ -310,6 +310,30 @@ def test_blocks_come_back_whole_from_any_place_and_checked(tmp_path, monkeypatch
         list(checkpoints.read_blocks(tmp_path, places["a"], torch.float32, 0, 17))
 
 
+def test_a_checkpoint_refused_as_damaged_makes_room_for_sound_ones(straight):
+    folder = begun(straight, "refused", 6, 12)
+    flip_a_bit(folder / "checkpoints" / "step-00000012" / "rank-00001.safetensors")
+    in_process(straight, "refused", max_steps=8, ckpt_freq=1, keep_checkpoints=1,
+               allow_changes=True, export_dtype="none")
+    assert [path.name for path in checkpoints.whole_checkpoints(folder)] == ["step-00000008"]
+
+
+def test_a_run_resumes_without_its_record_and_after_half_a_row(straight, caplog):
+    """As on a host where only checkpoints were copied to; and as after a full disk."""
+    folder = begun(straight, "record", 12)
+    shutil.rmtree(folder / "model-files")
+    (folder / "args.json").unlink()
+    rows = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(rows[: rows.index('"step": 5') + 3])
+    in_process(straight, "record")
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 13, 14, 15]
+    assert (folder / "model" / "config.json").exists()
+    assert weights(folder) and json.loads((folder / "args.json").read_text())["lr"] == 3e-3
+    (folder / "args.json").write_text('{"lr": 3e')
+    with pytest.raises(train_llm.InputError, match="args.json is damaged"):
+        in_process(straight, "record")
+
+
 def flip_a_bit(file: Path, place: int | None = None) -> None:
     content = bytearray(file.read_bytes())
     content[place or len(content) // 2] ^= 1
@@ -407,6 +431,53 @@ def test_a_stop_request_saves_and_leaves_with_status_0_at_one_step(way, straight
     assert not (straight[0] / name / "model").exists(), "only a finished run is exported"
 
 
+def writers(run: subprocess.Popen) -> dict[int, list[int]]:
+    """{rank's process: those that write its checkpoints}, of the processes under torchrun."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+
+    def writes(pid: int) -> bool:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    return {rank: [pid for pid in children.get(rank, ()) if writes(pid)]
+            for rank in children[run.pid]}
+
+
+def wait_until(happened, what: str, seconds: float = 90):
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(straight):
+    """--async-checkpoint on, and torchrun, which signals the whole group of each rank."""
+    folder, log = straight[0] / "writer", straight[0] / "writer.log"
+    run = start(straight, "writer", max_steps=90_000, num_epochs=90_000, ckpt_freq=20,
+                async_checkpoint="on")
+
+    def newest() -> int:
+        return max((int(path.parent.name[-8:])
+                    for path in folder.glob("checkpoints/step-*/.metadata")), default=0)
+
+    wait_until(newest, "the first checkpoint")
+    (killed,) = next(iter(writers(run).values()))
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: "was not written" in log.read_text(), "word of the failed save")
+    old = newest()
+    wait_until(lambda: newest() > old, "a checkpoint by another writer")
+    run.send_signal(signal.SIGTERM)
+    run.wait(60)
+    beats = [json.loads(path.read_text()) for path in (folder / "heartbeats").iterdir()]
+    assert {beat["phase"] for beat in beats} == {"finished"}, log.read_text()[-3000:]
+    assert {beat["step"] for beat in beats} == {newest()}
+    assert read_metrics(folder)[-1]["step"] == newest()
+
+
 def test_a_killed_rank_comes_back_with_the_others_in_the_same_torchrun(straight):
     run, folder = start(straight, "again", restarts=1, ckpt_freq=4), straight[0] / "again"
     os.kill(wait_for_step(folder, 9)["pid"], signal.SIGKILL)
@@ -469,6 +540,7 @@ def test_a_short_killing_campaign_loses_nothing():
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_is_told_and_earlier_checkpoints_stay_whole(straight, tmp_path, caplog):
+    """At the end the run leaves with an error: what it reached is nowhere."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(f.stat().st_size for f in (straight[0] / "straight" / "checkpoints"
@@ -476,7 +548,8 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay_whole(straight, tmp_pa
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.6)}", "tmpfs", disk],
                    check=True)
     try:
-        in_process(straight, "full", save_dir=disk, export_dtype="none", max_steps=7)
+        with pytest.raises(train_llm.InputError, match="last checkpoint, of step 7, was not"):
+            in_process(straight, "full", save_dir=disk, export_dtype="none", max_steps=7)
         assert "the checkpoint of step 6 was not written" in caplog.text
         assert "0.0 GiB free in" in caplog.text and "training goes on" in caplog.text
         whole = [path.parent.name for path in disk.glob("full/checkpoints/step-*/.metadata")]
