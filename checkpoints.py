@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from transformers import AutoTokenizer, GenerationConfig
 
-from download import InputError, first_line
+from download import InputError, first_line, replace_text
 from ranks import Processes
 
 if TYPE_CHECKING:
@@ -441,14 +441,7 @@ def describe(state: "TrainState") -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whatever happens, the file has its old content or all of the new one."""
-    half_made = path.with_name(f".{path.name}.half-made")
-    half_made.write_text(text)
-    half_made.replace(path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 # --- 4. Loading -------------------------------------------------------------------------------
@@ -480,7 +473,7 @@ def keep_rows(path: Path, *, until: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= until:
                 kept.append(line)
-    write_whole(path, "".join(kept))
+    replace_text(path, "".join(kept))
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -925,14 +925,14 @@ status() {
             continue
         fi
         line=${fact[$i,state]:-none}
-        case $line in running | finished) ;; *) ok=1 ;; esac
+        case $line in running | stopping | finished | stopped*", exit code 0") ;; *) ok=1 ;; esac
         [[ $line != none ]] || line="never started here"
         [[ ${fact[$i,attempt]:-0} == 0 ]] || line+=", attempt ${fact[$i,attempt]}"
         [[ ! ${fact[$i,step]:-} ]] || line+=", ${fact[$i,step]}"
         ((${#hosts[@]} == 1)) || [[ ${addresses[i]} == '' || ${first_ranks[i]} != 0 ]] ||
             line+="  (rank 0)"
         echo "$name on ${hosts[i]}: $line"
-        [[ ${fact[$i,state]} == running || ${fact[$i,left]:-0} == 0 ]] ||
+        [[ ${fact[$i,state]} == @(running|stopping) || ${fact[$i,left]:-0} == 0 ]] ||
             echo "  but ${fact[$i,left]} process(es) of it are left:" \
                 "bash launch.sh stop --name $name"
         [[ ${fact[$i,state]} != failed* && ${fact[$i,state]} != ended* ]] ||
@@ -952,8 +952,10 @@ errors() {
             echo "$name: first to fail: $rank on ${hosts[i]} (local rank or GPU $local_rank)," \
                 "$code, at $(date -d "@${time%??????}.${time: -6}" '+%F %T.%6N')"
             echo "  $message"
-            echo "  the last lines of $log on ${hosts[i]}:"
-            printf '%s' "${fact[$i,tail,$local_rank]:-}"
+            if [[ ${fact[$i,tail,$local_rank]:-} ]]; then
+                echo "  the last lines of $log on ${hosts[i]}:"
+                printf '%s' "${fact[$i,tail,$local_rank]}"
+            else echo "  $log on ${hosts[i]} is empty"; fi
             continue
         fi
         later=$(seconds $(((time - first_time) / 1000)))
@@ -979,12 +981,13 @@ host_find_processes() {
         grep -lzxF "TRAIN_LLM_RUN_ID=$id" /proc/[0-9]*/environ 2> /dev/null)
 }
 
-# Sets state: running | finished | failed ... | stopped ... | ended ... | none; and pids
+# Sets state: running | stopping | finished | failed ... | stopped ... | ended ... | none; and pids
 host_find_state() {
     local code=''
     host_find_processes
     [[ ! -e $run_dir/exit_code ]] || code=$(< "$run_dir/exit_code")
     if [[ ! -e $run_dir/run_id ]]; then state=none
+    elif [[ -e $run_dir/stopped && ! $code ]] && ((${#pids[@]})); then state=stopping
     elif [[ -e $run_dir/stopped ]]; then state="stopped by launch.sh stop${code:+, exit code $code}"
     elif [[ $code == 0 ]]; then state=finished
     elif [[ $code ]]; then state="failed with exit code $code"
@@ -1046,9 +1049,10 @@ host_errors() {
         [[ ! $message ]] || time=$(stat -c %.6Y "$folder/stderr.log")
         kind=1own
         [[ $code != -15 && ! $message =~ $lost ]] || kind=2ended
+        : "${message:=no word in its log}"
         [[ $code != -* ]] || message+=" (ended by signal ${code#-})"
         host_failure "$time" "$kind" "rank $rank" "$local_rank" "exit code $code" \
-            "$folder/stderr.log" "${message:-no word in its log}"
+            "$folder/stderr.log" "$message"
     done <<< "$table"
     if [[ ! $table && ( $state == failed* || $state == ended* ) ]]; then
         code=$(cat "$run_dir/exit_code" 2> /dev/null || echo unknown)
@@ -1062,7 +1066,7 @@ host_errors() {
             "${message:-no word in its log}"
     fi
     # Ranks of a run that was stopped before any of them failed were ended, too, but by its user.
-    [[ $state != running && $attempt && ( $state != stopped* || $table ) ]] || return 0
+    [[ $state != @(running|stopping) && $attempt && ( $state != stopped* || $table ) ]] || return 0
     for folder in "$attempt"/*/; do
         local_rank=$(basename "$folder")
         [[ $local_rank =~ ^[0-9]+$ && $seen != *" $local_rank "* ]] || continue
@@ -1074,14 +1078,18 @@ host_errors() {
 
 host_failure() { # SECONDS.MICROSECONDS KIND RANK LOCAL_RANK HOW LOG MESSAGE
     printf 'failure\t%s' "${1/./}"; printf '\t%s' "${@:2}"; echo
-    tail -n 15 "$6" 2> /dev/null | tr '\r' '\n' | tail -n 15 | sed "s/^/tail\t$4\t| /" || true
+    tail -n 15 "$6" 2> /dev/null | tr '\r' '\n' | tail -n 15 | host_characters |
+        sed "s/^/tail\t$4\t| /" || true
 }
+
+# Only whole characters: part of one would swallow the end of its line for whoever reads it.
+host_characters() { iconv -c -f UTF-8 -t UTF-8 2> /dev/null || cat; }
 
 # What ended a process, by the last line that says so in its log.
 host_exception() {
     local says='[A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b|[A-Za-z_.]+: error:'
     grep -aE "^(\[rank[0-9]+\]: *)?($says)" "$1" |
-        tail -n 1 | tr '\t' ' ' | cut -c 1-300
+        tail -n 1 | tr '\t' ' ' | cut -c 1-300 | host_characters
 }
 
 # torchrun's tables of this start: seconds, rank, local rank, exit code
@@ -1164,7 +1172,7 @@ stop() {
     fi
     for i in "${asked[@]}"; do
         [[ ${fact[$i,state]:-none} == none ]] || known=1
-        [[ ${fact[$i,state]:-} == running ]] && running=1 || asked_to_end=''
+        [[ ${fact[$i,state]:-} == @(running|stopping) ]] && running=1 || asked_to_end=''
         if [[ ${fact[$i,failed]:-} ]]; then failed=1; else reached+=("$i"); fi
     done
     [[ $known || $failed == 1 ]] || no_such_run

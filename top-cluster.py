@@ -81,7 +81,10 @@ def parse_args(argv=None):
         parser.error("--demo and --expected-gpus count things: 0 or more")
     try:
         args.names = Demo.names(args.demo) if args.demo else read_hosts(args.hosts)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        parser.error(f"the file of hosts, {args.hosts}, cannot be read ({error.strerror}); give one"
+                     " with a host a line")
+    except ValueError as error:
         parser.error(str(error))
     args.save_dir = os.path.join(os.path.abspath(args.project), args.save_dir)
     encoding = (sys.stdout.encoding or "").lower().replace("-", "")

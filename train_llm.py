@@ -192,6 +192,8 @@ def check_options(args: argparse.Namespace) -> None:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
     if args.seed >= 2**32:
         raise OptionError(f"--seed {args.seed}: must be less than 2**32")
+    if not 0 <= args.val_fraction < 1:
+        raise OptionError(f"--val-fraction {args.val_fraction}: must be a share, below 1")
     if args.min_lr_ratio > 1:
         raise OptionError(f"--min-lr-ratio {args.min_lr_ratio}: must be a share, from 0 to 1")
     rows = args.batch_size * int(os.environ.get("WORLD_SIZE", 1))
@@ -353,6 +355,9 @@ def describe(
         compute += f", products of the layers in float8 {args.float8}"
     micro = args.batch_size * processes.world_size
     steps = planned_steps(args, rows) if rows else "known when rows are prepared"
+    never = " (which this run does not reach)" if rows and args.warmup_steps >= steps else ""
+    nothing = not args.ckpt_freq and args.export_dtype == "none"
+    record = ": its record alone; nothing keeps the weights" if nothing else ""
     tied = ", tied embeddings" if layers.tied_embeddings(model) else ""
     every = f"every {args.val_freq} steps and " if args.val_freq else ""
     val_data = args.val_dataset_name or [f"{args.val_fraction:g} of the documents, held out"]
@@ -372,9 +377,9 @@ def describe(
   validation {validation}
   step       {args.global_batch_size} rows = {args.global_batch_size * args.seq_length:,} tokens;\
  micro steps {args.global_batch_size // micro}, each {micro} rows over all ranks
-  steps      {steps}; lr {args.lr:g} after {args.warmup_steps} warmup steps, then a cosine to\
- {args.lr * args.min_lr_ratio:g}
-  output     {args.save_dir / args.experiment_name}"""
+  steps      {steps}; lr {args.lr:g} after {args.warmup_steps} warmup steps{never}, then a cosine\
+ to {args.lr * args.min_lr_ratio:g}
+  output     {args.save_dir / args.experiment_name}{record}"""
 
 
 # --- 3. Stopping ----------------------------------------------------------------------------

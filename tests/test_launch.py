@@ -49,6 +49,8 @@ if then == "finish":
         Path("results", name).mkdir(parents=True)
         Path("results", name, "metrics.jsonl").write_text('{"step": 7, "loss": 2.5}\n')
 elif then == "fail" and rank == "1":
+    # 298 bytes and then a character of four, which is cut after two of them
+    sys.stderr.buffer.write(b"RuntimeError: " + b"x" * 284 + "\U0001f3d6\n".encode())
     sys.exit(3)
 else:
     time.sleep(600)
@@ -244,8 +246,10 @@ def test_status_of_a_failed_run_says_how_to_learn_who_failed_first(house, failed
 
 
 def test_errors_tells_the_rank_that_failed_from_the_one_that_was_ended(house, failed):
-    errors = house.launch("errors")
+    errors = house.launch("errors", LC_ALL="C.UTF-8")
     assert errors.returncode == 0, errors.stderr
+    assert "x" * 284 + "\n  the last lines of" in errors.stdout
+    assert "tail\t" not in errors.stdout
     assert "first to fail: rank 1 on localhost (local rank or GPU 1), exit code 3" in errors.stdout
     assert "only ended because of it: rank 0 on localhost" in errors.stdout
 
@@ -297,6 +301,16 @@ def test_of_two_starts_of_one_name_at_once_one_is_refused(house, deaf):
     assert "deaf is already running" in deaf[1]
 
 
+def test_a_run_whose_stop_was_interrupted_is_stopping_not_stopped(house, deaf):
+    stop = house.popen("stop", "--name", "deaf")
+    wait_for((house.logs("deaf") / "stopped").exists)
+    stop.terminate()
+    stop.communicate(timeout=30)
+    status = house.launch("status", "--name", "deaf")
+    assert (status.returncode, status.stdout) == (0, "deaf on localhost: stopping\n")
+    (house.logs("deaf") / "stopped").unlink()
+
+
 def test_a_start_returns_when_there_is_a_log_to_follow(meek):
     assert meek
 
@@ -313,7 +327,7 @@ def test_stop_ends_a_rank_deaf_to_sigterm_and_detached_children_and_nothing_else
     assert not house.carriers("deaf")
 
     status = house.launch("status", "--name", "deaf")
-    assert status.returncode == 1
+    assert status.returncode == 1  # what it had reached was not saved
     assert "stopped by launch.sh stop" in status.stdout
     errors = house.launch("errors", "--name", "deaf").stdout
     assert errors.startswith("localhost: stopped by launch.sh stop")

@@ -661,5 +661,6 @@ def test_stop_asks_the_run_to_save_and_waits_for_it(cluster, bystander):
         assert (host.project / f"stand-in/outputs/bystander/saved-{rank}").exists()
         assert not (host.project / "stand-in/outputs/bystander/stop-requested").exists()
     status = cluster.launch("stand-in", "status", "--name", "bystander")
+    assert status.returncode == 0
     assert status.stdout.count("stopped by launch.sh stop, exit code 0") == 3
     assert cluster.carriers("TRAIN_LLM_RUN_ID") == {name: [] for name in ADDRESSES}

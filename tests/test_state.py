@@ -472,6 +472,7 @@ def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(s
     wait_until(lambda: newest() > old, "a checkpoint by another writer")
     run.send_signal(signal.SIGTERM)
     run.wait(60)
+    assert log.read_text().count("was not written") == 1
     beats = [json.loads(path.read_text()) for path in (folder / "heartbeats").iterdir()]
     assert {beat["phase"] for beat in beats} == {"finished"}, log.read_text()[-3000:]
     assert {beat["step"] for beat in beats} == {newest()}
