@@ -173,6 +173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the weights in SAVE_DIR/EXPERIMENT/model; none: write none, for measurements")
     args = parser.parse_args(argv)
     check_options(args)
+    check_effects(args)
     check_run_folder(args, recipe=[action.dest for action in recipe._group_actions])
     return args
 
@@ -228,6 +229,11 @@ def check_options(args: argparse.Namespace) -> None:
     if args.cpu_offload == "optimizer" and args.forward_prefetch:
         raise OptionError("--forward-prefetch would gather layers that --cpu-offload optimizer has"
                           " not stepped yet; leave one of them out")
+
+
+def check_effects(args: argparse.Namespace) -> None:
+    """Refuse what would have no effect. Raises OptionError."""
+    on_gpu = torch.cuda.is_available()
     for option, given, has_effect, where in (
         (f"--load {args.load}", args.load != "auto", not args.random_init, "with --random-init"),
         ("--val-dataset-split", args.val_dataset_split, args.val_dataset_name,
@@ -236,9 +242,8 @@ def check_options(args: argparse.Namespace) -> None:
          "without --cpu-offload optimizer"),
         ("--cpu-offload on", args.cpu_offload == "on", on_gpu, "without a GPU"),
         ("--reduce-dtype bfloat16", args.reduce_dtype != "float32", on_gpu, "without a GPU"),
-        ("--forward-prefetch", args.forward_prefetch, on_gpu and not alone, "without two GPUs"),
-        ("--no-limit-all-gathers", not args.limit_all_gathers, on_gpu and not alone,
-         "without two GPUs"),
+        ("--forward-prefetch", args.forward_prefetch, on_gpu, "without a GPU"),
+        ("--no-limit-all-gathers", not args.limit_all_gathers, on_gpu, "without a GPU"),
         ("--async-checkpoint on", args.async_checkpoint == "on", args.ckpt_freq,
          "with --ckpt-freq 0"),
     ):

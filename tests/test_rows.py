@@ -103,8 +103,12 @@ def test_an_epoch_of_a_mixture_ends_with_the_data_set_that_ends_first(folders):
     sizes = [len(Rows(folder)) for folder in folders]
     mixed = Rows(*folders, shares=(Fraction(9, 10), Fraction(1, 10)))
     assert mixed.epoch == Fraction(sizes[0] * 10, 9)
-    args = train_llm.argparse.Namespace(num_epochs=2, global_batch_size=4, max_steps=None)
+    args = train_llm.argparse.Namespace(
+        num_epochs=2, global_batch_size=4, max_steps=None, profile=None)
     assert train_llm.planned_steps(args, mixed) == sizes[0] * 20 // 9 // 4
+    args.profile = 999
+    with pytest.raises(train_llm.InputError, match="--profile 999: the run has"):
+        train_llm.planned_steps(args, mixed)
 
 
 def test_an_index_of_minus_one_is_a_row_without_targets(folders):

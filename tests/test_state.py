@@ -454,11 +454,12 @@ def wait_until(happened, what: str, seconds: float = 90):
     return found
 
 
-def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(straight):
+def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(straight, request):
     """--async-checkpoint on, and torchrun, which signals the whole group of each rank."""
     folder, log = straight[0] / "writer", straight[0] / "writer.log"
     run = start(straight, "writer", max_steps=90_000, num_epochs=90_000, ckpt_freq=20,
                 async_checkpoint="on")
+    request.addfinalizer(lambda: kill_all(run, folder))
 
     def newest() -> int:
         return max((int(path.parent.name[-8:])
