@@ -379,12 +379,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(straight, tm
         in_process(straight, folder.name, model_name=other)
 
 
-def start(straight, name: str, *, restarts: int = 0, **changes) -> subprocess.Popen:
-    """The real script on two ranks under torchrun, in a process group of its own."""
+def start(straight, name: str, *, ranks: int = 2, restarts: int = 0, **changes) -> subprocess.Popen:
+    """The real script under torchrun, in a process group of its own."""
     log = (straight[0] / f"{name}.log").open("ab")
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--max-restarts", str(restarts),
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
          "train_llm.py", *options_of(experiment_name=name, **straight[1] | changes)],
         cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -454,11 +454,14 @@ def wait_until(happened, what: str, seconds: float = 90):
     return found
 
 
-def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(straight, request):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.drill)])
+def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(
+    ranks, straight, request
+):
     """--async-checkpoint on, and torchrun, which signals the whole group of each rank."""
-    folder, log = straight[0] / "writer", straight[0] / "writer.log"
-    run = start(straight, "writer", max_steps=90_000, num_epochs=90_000, ckpt_freq=20,
-                async_checkpoint="on")
+    folder, log = straight[0] / f"writer-{ranks}", straight[0] / f"writer-{ranks}.log"
+    run = start(straight, folder.name, ranks=ranks, max_steps=90_000, num_epochs=90_000,
+                ckpt_freq=20, async_checkpoint="on")
     request.addfinalizer(lambda: kill_all(run, folder))
 
     def newest() -> int:
