@@ -852,7 +852,8 @@ host_start() {
     host_say exit_code "$(< "$run_dir/exit_code")"
     [[ $(< "$run_dir/exit_code") != 0 && ${#hosts[@]} != 1 ]] || return 0
     host_say fail "ended at once with exit code $(< "$run_dir/exit_code"): $(
-        grep -E 'Error|error' "$run_dir/agent.log" | tail -n 1 | cut -c 1-200); see $run_dir there"
+        grep -E 'Error|error' "$run_dir/agent.log" | tail -n 1 | cut -c 1-200 |
+            host_characters); see $run_dir there"
     exit 3
 }
 
@@ -932,7 +933,7 @@ status() {
         ((${#hosts[@]} == 1)) || [[ ${addresses[i]} == '' || ${first_ranks[i]} != 0 ]] ||
             line+="  (rank 0)"
         echo "$name on ${hosts[i]}: $line"
-        [[ ${fact[$i,state]} == @(running|stopping) || ${fact[$i,left]:-0} == 0 ]] ||
+        host_is_live "${fact[$i,state]}" || [[ ${fact[$i,left]:-0} == 0 ]] ||
             echo "  but ${fact[$i,left]} process(es) of it are left:" \
                 "bash launch.sh stop --name $name"
         [[ ${fact[$i,state]} != failed* && ${fact[$i,state]} != ended* ]] ||
@@ -980,6 +981,8 @@ host_find_processes() {
     while IFS=/ read -r _ _ path _; do pids+=("$path"); done < <(
         grep -lzxF "TRAIN_LLM_RUN_ID=$id" /proc/[0-9]*/environ 2> /dev/null)
 }
+
+host_is_live() { [[ $1 == @(running|stopping) ]]; } # STATE
 
 # Sets state: running | stopping | finished | failed ... | stopped ... | ended ... | none; and pids
 host_find_state() {
@@ -1066,7 +1069,7 @@ host_errors() {
             "${message:-no word in its log}"
     fi
     # Ranks of a run that was stopped before any of them failed were ended, too, but by its user.
-    [[ $state != @(running|stopping) && $attempt && ( $state != stopped* || $table ) ]] || return 0
+    ! host_is_live "$state" && [[ $attempt && ( $state != stopped* || $table ) ]] || return 0
     for folder in "$attempt"/*/; do
         local_rank=$(basename "$folder")
         [[ $local_rank =~ ^[0-9]+$ && $seen != *" $local_rank "* ]] || continue
@@ -1141,7 +1144,7 @@ host_follow() {
     while :; do
         host_find_state
         [[ $state != none ]] || { host_say fail "no run $name was started here"; exit 3; }
-        [[ $state == running ]] || ended=1
+        host_is_live "$state" || ended=1
         more=''
         while IFS=$'\t' read -r size path; do
             from=${offsets[$path]:-0}
@@ -1172,7 +1175,7 @@ stop() {
     fi
     for i in "${asked[@]}"; do
         [[ ${fact[$i,state]:-none} == none ]] || known=1
-        [[ ${fact[$i,state]:-} == @(running|stopping) ]] && running=1 || asked_to_end=''
+        host_is_live "${fact[$i,state]:-}" && running=1 || asked_to_end=''
         if [[ ${fact[$i,failed]:-} ]]; then failed=1; else reached+=("$i"); fi
     done
     [[ $known || $failed == 1 ]] || no_such_run

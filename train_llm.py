@@ -17,10 +17,12 @@ recomputation of activations is "activation checkpointing". Shapes: B rows in a 
 tokens in a row, G rows in a step over all ranks, N prepared rows.
 """
 
+import logging
 import os
 
 if __name__ == "__mp_main__":  # the process that writes checkpoints beside training
     os.setsid()  # at once: what stops all processes of a group must let it write to the end
+    logging.disable(logging.INFO)
 
 import argparse
 import contextlib
@@ -30,7 +32,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import logging
 import math
 import platform
 import resource
@@ -957,9 +958,6 @@ def versions(processes: Processes) -> dict:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
-
-if __name__ == "__mp_main__":
-    logging.disable(logging.INFO)
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)

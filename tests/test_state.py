@@ -26,6 +26,7 @@ from conftest import (
     run,
 )
 from safetensors.torch import load_file, save_file
+from test_launch import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoints
@@ -318,7 +319,7 @@ def test_a_checkpoint_refused_as_damaged_makes_room_for_sound_ones(straight):
     assert [path.name for path in checkpoints.whole_checkpoints(folder)] == ["step-00000008"]
 
 
-def test_a_run_resumes_without_its_record_and_after_half_a_row(straight, caplog):
+def test_a_run_resumes_without_its_record_and_after_half_a_row(straight):
     """As on a host where only checkpoints were copied to; and as after a full disk."""
     folder = begun(straight, "record", 12)
     shutil.rmtree(folder / "model-files")
@@ -446,14 +447,6 @@ def writers(run: subprocess.Popen) -> dict[int, list[int]]:
             for rank in children[run.pid]}
 
 
-def wait_until(happened, what: str, seconds: float = 90):
-    deadline = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < deadline, f"{what} did not come"
-        time.sleep(0.05)
-    return found
-
-
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.drill)])
 def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(
     ranks, straight, request
@@ -465,15 +458,15 @@ def test_a_dead_writer_is_replaced_and_one_at_work_outlives_the_signal_to_stop(
     request.addfinalizer(lambda: kill_all(run, folder))
 
     def newest() -> int:
-        return max((int(path.parent.name[-8:])
-                    for path in folder.glob("checkpoints/step-*/.metadata")), default=0)
+        return max((int(path.name[-8:]) for path in checkpoints.whole_checkpoints(folder)),
+                   default=0)
 
-    wait_until(newest, "the first checkpoint")
+    wait_for(newest, 90)
     (killed,) = next(iter(writers(run).values()))
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: "was not written" in log.read_text(), "word of the failed save")
+    wait_for(lambda: "was not written" in log.read_text(), 90)
     old = newest()
-    wait_until(lambda: newest() > old, "a checkpoint by another writer")
+    wait_for(lambda: newest() > old, 90)  # by another writer
     run.send_signal(signal.SIGTERM)
     run.wait(60)
     assert log.read_text().count("was not written") == 1

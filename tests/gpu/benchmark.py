@@ -41,6 +41,7 @@ from transformers.utils import is_flash_attn_2_available
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from conftest import build_tokenizer, on_ranks, options_of, read_metrics
+from projection import VOCABULARY
 
 import layers
 import ranks
@@ -274,7 +275,7 @@ def bench_405b(
     lengths: tuple[int, ...] = (4096, 8192),
 ) -> None:
     """Tables of slices of both depths, and of what one more layer costs, for each length of row."""
-    gpus, about_slices = gpus or bench.gpus, dict(width="405b", vocabulary=8192)
+    gpus, about_slices = gpus or bench.gpus, dict(width="405b", vocabulary=VOCABULARY)
     for seq_length in lengths:
         about = f"{seq_length:,} tokens, {gpus} GPUs"
         names = [f"405B-wide, {depth} layers, {about}" for depth in depths]

@@ -41,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import write_text
 from conftest import ROOT, build_tokenizer, free_port, options_of, read_metrics
 
-import download
 import offload
 import train_llm
 
@@ -285,8 +284,6 @@ class Bench:
                      lr=1e-4, warmup_steps=5, max_grad_norm=0.5, checkpoint_activations="off")
             for name, (mode, n) in cases.items()
         ]
-        download.prepare_rows(model_name=str(model), dataset_name=str(self.text),
-                              seq_length=args.tokens, rows_dir=self.folder / "rows")
         found, log = {}, ""
         with ThreadPoolExecutor(len(jobs)) as at_once:  # side by side, as no time is taken here
             for results, said in at_once.map(lambda job: self.run([job]), jobs):
