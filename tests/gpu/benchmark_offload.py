@@ -2,8 +2,7 @@
 
     python tests/gpu/benchmark_offload.py [--quick | --small] [--only numbers,wide] [--model DIR]
 
-Groups, each one start of the processes (`numbers`: one a case, side by side), through the script
-itself:
+Groups, each one start of the processes, through the script itself:
   numbers  losses of off, on and optimizer, clipping active, 1 and 4 micro steps (--model: real one)
   wide     layers as wide as Llama 3.1 405B's: the update hidden, exposed, and left out, in one run
   kept     the same, where the state of the first layer stays on the GPUs (--gpu-optimizer-gib), on
@@ -30,7 +29,6 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -284,11 +282,8 @@ class Bench:
                      lr=1e-4, warmup_steps=5, max_grad_norm=0.5, checkpoint_activations="off")
             for name, (mode, n) in cases.items()
         ]
-        found, log = {}, ""
-        with ThreadPoolExecutor(len(jobs)) as at_once:  # side by side, as no time is taken here
-            for results, said in at_once.map(lambda job: self.run([job]), jobs):
-                found |= results
-                log += said
+        # Not side by side: a collective that waits on the GPU for its peer keeps all others off it.
+        found, log = self.run(jobs)
         table, losses = [], {}
         for name, (mode, n) in cases.items():
             if not (self.folder / name / "metrics.jsonl").exists():
