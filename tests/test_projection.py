@@ -71,10 +71,6 @@ def test_memory_measured_on_one_number_of_gpus_is_taken_not_to_shrink():
     assert project(tables)["GB"] == pytest.approx(both + 20 / 2)
 
 
-MODES = {"off": {"gpu": 16.0, "host": 0.0}, "optimizer": {"gpu": 2.0, "host": 16.0},
-         "on": {"gpu": 0.0, "host": 16.0}}
-
-
 @pytest.mark.parametrize("name, gpus, memory, words", [
     ("8B", 8, 80e9, "`off`: 23"),  # 16.1 of state, 3.4 at work, 2.1 of the root, 1.1 of inputs
     ("405B", 64, 80e9, "`optimizer`, inputs on the host: 71, host 947"),
@@ -84,6 +80,6 @@ MODES = {"off": {"gpu": 16.0, "host": 0.0}, "optimizer": {"gpu": 2.0, "host": 16
     ("405B", 8, 141e9, "-"),  # 6,494 on the host
 ])
 def test_the_fastest_mode_that_fits_is_told(name, gpus, memory, words):
-    found = what_fits.best(projection.LLAMA[name], gpus, memory, modes=MODES, working=50e9,
-                           tokens=4096)
+    found = what_fits.best(projection.LLAMA[name], gpus, memory, modes=projection.MODES,
+                           working=50e9, tokens=4096)
     assert found == words

@@ -188,6 +188,7 @@ def worker(file: Path) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # pinned memory that the next job would find, not take
             torch.cuda.reset_peak_memory_stats()
 
 

@@ -48,7 +48,9 @@ LLAMA = {"8B": Llama(4096, 14336, 32), "70B": Llama(8192, 28672, 80),
          "405B": Llama(16384, 53248, 126)}
 VOCABULARY = 8192  # of the slices
 HOST = 2e12  # bytes of host memory in a node, at most
-MODES = {"off": {"gpu": 16, "host": 0}, "optimizer": {"gpu": 2, "host": 16}}  # bytes a parameter
+MODES = {"off": {"gpu": 16, "host": 0}, "optimizer": {"gpu": 2, "host": 16},  # bytes a parameter
+         "on": {"gpu": 0, "host": 16}}
+PROJECTED = {mode: MODES[mode] for mode in ("off", "optimizer")}  # under `on` GPUs wait
 LAYERS, HIDDEN, LAYER = LLAMA["405B"].layers, LLAMA["405B"].hidden, LLAMA["405B"].layer
 HEAD, PARAMETERS = LLAMA["405B"].head, LLAMA["405B"].parameters
 NODE = 8  # GPUs
@@ -160,7 +162,8 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
             working, sizes = working_memory(tables, tokens, kind)
             for device, memory in MEMORY.items():
                 mode, inputs_away, held, _, fits = fastest(
-                    LLAMA["405B"], gpus, memory, modes=MODES, working=working, tokens=tokens)
+                    LLAMA["405B"], gpus, memory, modes=PROJECTED, working=working,
+                    tokens=tokens)
                 update = layer["update"] * few / gpus * PARAMETERS / LAYER
                 if mode == "optimizer":
                     cpu = 32 * LAYER / gpus * NODE / host  # a node's GPUs step at once

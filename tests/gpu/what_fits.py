@@ -2,7 +2,8 @@
 
     python tests/gpu/what_fits.py OFFLOAD_JSON SCALING_JSON [--tokens 4096]
 
-OFFLOAD_JSON is what `benchmark_offload.py --only memory` wrote: bytes a parameter of each mode.
+OFFLOAD_JSON is what `benchmark_offload.py --only memory` wrote: bytes a parameter of each mode, of
+which none is taken for less than its weights, gradients and moments are by count.
 SCALING_JSON is what scaling.py wrote, with slices of 405B's width: the memory that a pass needs
 beside that, which grows with the parameters of a layer.
 """
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from projection import LLAMA, MEMORY, NODE, Llama, fastest, working_memory
+from projection import LLAMA, MEMORY, MODES, NODE, Llama, fastest, working_memory
 
 
 def best(shape: Llama, gpus: int, memory: float, **about) -> str:
@@ -33,9 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     measured = {row["mode"]: row for row in
                 json.loads(args.offload.read_text())["memory"]["table"]}
-    modes = {mode: {kind: max(0.0, round(measured[mode][f"{kind} bytes a parameter"], 1))
-                    for kind in ("gpu", "host")} for mode in ("off", "optimizer", "on")}
-    modes["off"]["host"] = 0.0  # what grows there is no state
+    modes = {mode: {kind: max(counted, round(measured[mode][f"{kind} bytes a parameter"], 1))
+                    for kind, counted in by_count.items()} for mode, by_count in MODES.items()}
     working, sizes = working_memory(
         json.loads(args.scaling.read_text())["tables"], args.tokens, "bfloat16 compiled")
     print("| model | GPUs | " + " | ".join(f"GB on each {name}, on each host of {NODE}"
