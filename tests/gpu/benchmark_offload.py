@@ -6,7 +6,7 @@ Groups, each one start of the processes, through the script itself:
   numbers  losses of off, on and optimizer, clipping active, 1 and 4 micro steps (--model: real one)
   wide     layers as wide as Llama 3.1 405B's: the update hidden, exposed, and left out, in one run
   kept     the same, where the state of the first layer stays on the GPUs (--gpu-optimizer-gib), on
-           one long row a GPU, so that the forward pass takes as long as the CPU step
+           one long row a GPU (--row), so that the forward pass takes as long as the CPU step
   deep     the same with more and narrower layers, as wide as 70B's
   memory   peak GPU and host memory a parameter, three modes at two sizes
   killed   a rank killed in the middle of an overlapped step, and the run resumed
@@ -429,6 +429,7 @@ def main() -> None:
     parser.add_argument("--micro-steps", type=lambda text: [int(n) for n in text.split(",")],
                         default=[1, 4], help="of `numbers`")
     parser.add_argument("--tokens", type=int, default=256, help="in a row of `numbers`")
+    parser.add_argument("--row", type=int, default=57344, help="tokens in a row of `kept`")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     args = parser.parse_args()
@@ -449,7 +450,7 @@ def main() -> None:
         wide = deep = dict(hidden=256, mlp=512, layers=2, heads=4, batch=2, tokens=128,
                            elements=1 << 22)
     # The root, the embedding and the first layer stay on the GPUs.
-    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=1, tokens=49152, compile=True)
+    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=1, tokens=args.row, compile=True)
     if args.quick:
         kept = dict(gpu_optimizer_gib=0.02, compile=True)
     groups = {"numbers": bench.numbers, "wide": lambda: bench.hidden("wide", **wide),
