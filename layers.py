@@ -20,8 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AttentionInterface
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
 from download import InputError
@@ -37,17 +36,37 @@ from download import InputError
 def fastest_attention(config, *, document_mask: bool) -> str:
     """The fastest kernel that is installed here and computes what this model asks for."""
     on_gpu = torch.cuda.is_available()
-    if getattr(config, "attn_logit_softcapping", None):  # sdpa and varlen have no soft cap
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):  # sdpa, varlen: no cap
         return "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "eager"
-    width = head_width(config)
-    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
-    if not (on_gpu and document_mask) or width % 8 or width > 256 or dropout:  # not for varlen
-        return "sdpa"
-    return "varlen"
+    if not declares(config, "_supports_sdpa"):  # gpt-oss has sinks, which only eager has everywhere
+        return "eager"
+    return "varlen" if on_gpu and document_mask and suits_varlen(config) else "sdpa"
 
 
-def head_width(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def suits_varlen(config) -> bool:
+    """Whether varlen computes this model's attention: causal, in windows perhaps, and no more.
+
+    Masks of other kinds (chunks, chosen keys) never reach a kernel of variable length; models that
+    have such masks declare that they do not support flash attention.
+    """
+    text, width = config.get_text_config(), head_width(config.get_text_config())
+    dropout = getattr(text, "attention_dropout", 0) or getattr(text, "attn_pdrop", 0)
+    other = dropout or getattr(text, "v_head_dim", None)  # DeepSeek's values are narrower than keys
+    return bool(width and width % 8 == 0 and width <= 256 and not other
+                and declares(config, "_supports_sdpa") and declares(config, "_supports_flash_attn"))
+
+
+def declares(config, feature: str) -> bool:
+    """What transformers notes of the model's class; True for classes it does not tell us."""
+    return getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), feature, True)
+
+
+def head_width(config) -> int | None:
+    """Of all heads; None if layers differ in it (Gemma 4) or have no heads (Mamba)."""
+    try:
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except (AttributeError, RuntimeError):  # the latter is transformers' word for "they differ"
+        return None
 
 
 def varlen_attention(
@@ -161,13 +180,14 @@ def build_forward(
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     takes_documents = model.config._attn_implementation.startswith(("varlen", "flash"))
 
-    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+    def logits_of(output: type, hidden: torch.Tensor) -> torch.Tensor:
         """(C, V) of hidden states (C, H): by the model's own forward behind a decoder that is done,
         because some models scale or cap their logits."""
-        done = MoeModelOutputWithPast(last_hidden_state=hidden[None])  # has every field asked for
+        done = output(last_hidden_state=hidden[None])  # has every field that this forward asks for
         model.__dict__[decoder_name] = lambda *_, **__: done  # seen before the submodule
         try:
-            return type(model).forward(model, use_cache=False).logits[0]
+            # Gemma 4 compares shapes, so something must stand for the token ids.
+            return type(model).forward(model, hidden[None, :, 0], use_cache=False).logits[0]
         finally:
             del model.__dict__[decoder_name]
 
@@ -182,11 +202,12 @@ def build_forward(
             given |= dict(cu_seq_lens_q=documents, cu_seq_lens_k=documents, max_length_q=length,
                           max_length_k=length)
         decoder = getattr(model, decoder_name)
-        hidden = decoder(input_ids=input_ids, use_cache=False, **given).last_hidden_state
+        output = decoder(input_ids=input_ids, use_cache=False, **given)
         weights = [getattr(module, name) for module, name in head]
         return TokenLoss.apply(
-            logits_of, loss_of, chunk or labels.numel(), scale, torch.is_grad_enabled(),
-            labels.flatten(), hidden.flatten(0, 1), *weights,
+            functools.partial(logits_of, type(output)), loss_of, chunk or labels.numel(), scale,
+            torch.is_grad_enabled(), labels.flatten(), output.last_hidden_state.flatten(0, 1),
+            *weights,
         )
 
     return forward
@@ -270,11 +291,15 @@ def flops_per_token(config, matmul_parameters: int, seq_length: int) -> float | 
 
     6 N + 6 L H Q T: appendix B of PaLM (arXiv 2204.02311), its attention term halved, since half
     of a causal matrix is never needed. Recomputation is not counted: it lowers the utilisation.
-    Unknown for mixtures of experts, where a token meets only some of the parameters.
+    Unknown for mixtures of experts, where a token meets only some of the parameters, and where
+    heads have no one width.
     """
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+    experts = ("num_experts", "num_local_experts", "moe_num_experts")
+    width = head_width(config)
+    heads = getattr(config, "num_attention_heads", None)
+    if not (width and heads) or any(getattr(config, name, None) for name in experts):
         return None
-    attention = config.num_hidden_layers * config.num_attention_heads * head_width(config)
+    attention = config.num_hidden_layers * heads * width
     return 6 * matmul_parameters + 6 * attention * seq_length
 
 

@@ -451,11 +451,12 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         )
     attention = args.attn_implementation
     if attention == "auto":
-        attention = layers.fastest_attention(
-            config.get_text_config(), document_mask=args.document_mask
-        )
+        attention = layers.fastest_attention(config, document_mask=args.document_mask)
     elif attention == "varlen" and not torch.cuda.is_available():
         raise InputError("--attn-implementation varlen needs a GPU; use sdpa")
+    elif attention == "varlen" and not layers.suits_varlen(config):
+        raise InputError(f"--attn-implementation varlen cannot compute the attention of"
+                         f" {args.model_name}; use auto")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -464,7 +465,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     except (ImportError, ValueError, KeyError) as error:
         raise InputError(
             f"{args.model_name} with --attn-implementation {attention}: {first_line(error)};"
-            " install what is missing, or use sdpa"
+            f" install what is missing, or use {'eager' if attention == 'sdpa' else 'sdpa'}"
         ) from None
     positions = "position_ids" in inspect.signature(model.forward).parameters
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])

@@ -59,8 +59,13 @@ def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", file
         initializer_range=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None,
     )
     name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
-            "mistral": "Mistral", "deepseek": "DeepseekV3", "mixtral": "Mixtral"}[kind]
-    extra = {"gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9},
+            "mistral": "Mistral", "deepseek": "DeepseekV3", "mixtral": "Mixtral",
+            "gpt-oss": "GptOss", "gemma4": "Gemma4Text", "mamba": "Mamba"}[kind]
+    extra = {"gpt-oss": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
+             "gemma4": dict(vocab_size_per_layer_input=vocabulary, global_head_dim=24,
+                            hidden_size_per_layer_input=8, sliding_window=9,
+                            layer_types=["sliding_attention", "full_attention"]),
+             "gemma": {"tie_word_embeddings": True}, "mistral": {"sliding_window": 9},
              "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0}}
     config = getattr(transformers, f"{name}Config")(**shape | extra.get(kind, {}) | changes)
     torch.manual_seed(1)

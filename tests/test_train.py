@@ -188,7 +188,12 @@ def test_a_changed_first_document_leaves_the_logits_of_the_second_bit_equal(
     assert not torch.equal(logits(tokens), logits(changed)), "unmasked, they must differ"
 
 
-def test_without_document_mask_a_row_is_one_stretch_of_text(tmp_path, tiny, corpus, rows_dir):
+@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "gemma4", "mamba"])
+def test_without_document_mask_a_row_is_one_stretch_of_text(
+    kind, tmp_path, tiny, corpus, rows_dir
+):
+    if kind != "llama":  # sinks, heads of several widths, no heads at all
+        tiny = build_tiny_model(tmp_path / kind, kind)
     main_in_process(**RECIPE | dict(
         experiment_name="open", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
         dataset_name=corpus, document_mask=False, max_steps=1))
@@ -200,6 +205,15 @@ def test_without_document_mask_a_row_is_one_stretch_of_text(tmp_path, tiny, corp
     model = AutoModelForCausalLM.from_pretrained(tiny)
     assert read_metrics(tmp_path / "open")[0]["loss"] == pytest.approx(
         model(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, suits", {
+    "llama": True, "mistral": True, "mixtral": True, "qwen3_moe": True,
+    "llama4_text": False,  # attends in chunks, by a mask alone
+    "gpt_oss": False, "deepseek_v3": False, "gemma4_text": False, "mamba": False}.items())
+def test_varlen_is_for_models_whose_attention_it_computes(kind, suits):
+    config = train_llm.AutoConfig.for_model(kind)
+    assert train_llm.layers.suits_varlen(config) == suits
 
 
 def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
