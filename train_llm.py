@@ -287,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = join_processes()
     if args.eval_only:
         return evaluate(model, args, processes)
+    stop = StopRequest(args.save_dir / args.experiment_name)
     rows, val_rows = (prepare_rows(args, processes, held_out=part) for part in (False, True))
     steps = planned_steps(args, rows)
     log.info(describe(args, model, rows, processes))
@@ -295,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     state = begin_or_resume(model, folder, args, processes)
     saver = checkpoints.Saver(folder, args, processes, state)
     meter = Meter(args, state, rows, val_rows, heart, folder, processes)
-    stop = StopRequest(folder)
+    stop.heed_signals()
     while state.step < steps and not stop.agreed():
         meter.begin_step(state.step)
         # ---- the step: everything that changes the weights ----
@@ -396,19 +397,23 @@ def describe(
 class StopRequest:
     """SIGTERM or SIGINT to any rank, or a file `stop-requested` in the run's folder.
 
-    Each rank adds its wish to the sum of the losses, which is taken anyway, and reads that sum a
-    step later, when it has long arrived.
+    The file counts from when the ranks have met, however long loading takes; a signal ends a
+    process at once until there is something to save. Each rank adds its wish to the sum of the
+    losses, which is taken anyway, and reads that sum a step later, when it has long arrived.
     """
 
     def __init__(self, folder: Path):
         self.file, self.asked, self.sums = folder / "stop-requested", False, []
-        self.file.unlink(missing_ok=True)
+        self.file.unlink(missing_ok=True)  # for a run before this one
+
+    def heed_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "asked", True))
 
     def sum_over_ranks(self, loss: torch.Tensor) -> torch.Tensor:
         """The sum of `loss`, a scalar, over all ranks; the wishes to stop travel with it."""
-        wish = torch.full_like(loss, float(self.asked or self.file.exists()))
+        there = os.path.exists(self.file)  # noqa: PTH110, Path's raises what a sick disk does
+        wish = torch.full_like(loss, float(self.asked or there))
         both = torch.stack((loss, wish))
         dist.all_reduce(both)
         arrived = torch.cuda.Event() if both.is_cuda else None
@@ -638,7 +643,7 @@ def rows_of_rank(
 def build_optimizer(
     model: FSDP, args: argparse.Namespace, processes: Processes
 ) -> "offload.ShardAdamW | offload.HostAdamW":
-    """Fused AdamW; weight decay on matrices, none on vectors (norms, biases).
+    """Fused AdamW; weight decay on matrices, none on norms and biases (of experts, too).
 
     Sharded parameters are all flat, so which were vectors was noted before sharding.
     """
@@ -646,7 +651,8 @@ def build_optimizer(
     def adamw(named: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.AdamW:
         groups = {True: [], False: []}
         for name, parameter in named:
-            groups[len(model.shapes[clean(name)]) < 2].append(parameter)
+            vector = len(model.shapes[clean(name)]) < 2 or name.endswith("bias")
+            groups[vector].append(parameter)
         decayed = {"params": groups[False], "weight_decay": args.weight_decay}
         plain = {"params": groups[True], "weight_decay": 0.0}
         return torch.optim.AdamW(
@@ -918,7 +924,8 @@ class Heart:
     def beat(self, phase: str, step: int) -> None:
         self.step = step
         row = json.dumps(self.fixed | dict(phase=phase, step=step, time=time.time()))
-        os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a disk that fails for a while must not end the run
+            os.pwrite(self.file.fileno(), f"{row:<511}\n".encode(), 0)
 
 
 def make_run_folder(args: argparse.Namespace, rows: Rows, processes: Processes) -> Path:

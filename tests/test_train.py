@@ -271,6 +271,61 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
     assert {beat["phase"] for beat in beats} == {"failed"}
 
 
+def test_a_stop_request_that_comes_while_a_run_loads_is_heeded(
+    tmp_path, tiny, corpus, rows_dir, monkeypatch
+):
+    begin, folder = train_llm.begin_or_resume, tmp_path / "early"
+    folder.mkdir()
+    (folder / "stop-requested").touch()  # for a run before: not heeded
+
+    def begin_late(*given):
+        assert not (folder / "stop-requested").exists()
+        (folder / "stop-requested").touch()
+        return begin(*given)
+
+    monkeypatch.setattr(train_llm, "begin_or_resume", begin_late)
+    main_in_process(experiment_name="early", save_dir=tmp_path, rows_dir=rows_dir,
+                    model_name=tiny, dataset_name=corpus, **RECIPE | {"max_steps": 6})
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+    assert (folder / "checkpoints/step-00000002/.metadata").exists()
+
+
+def test_a_disk_that_fails_ends_neither_heartbeats_nor_the_look_for_a_stop_request(tmp_path):
+    heart = train_llm.Heart(tmp_path, 9, train_llm.planned_processes())
+    with open("/dev/full", "wb", buffering=0) as heart.file:
+        heart.beat("training", 3)
+    assert heart.step == 3
+    stop = train_llm.StopRequest(tmp_path)
+    stop.file = tmp_path / ("x" * 300)  # not "no such file": an OSError of another kind
+    with pytest.raises(OSError, match="too long"):
+        stop.file.stat()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
+    try:
+        assert stop.sum_over_ranks(torch.tensor(2.0)) == 2 and not stop.agreed()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_weight_decay_leaves_vectors_alone_even_those_that_experts_stack(
+    tmp_path, corpus, rows_dir
+):
+    model, found = build_tiny_model(tmp_path / "model", "gpt-oss"), []
+    filled = AutoModelForCausalLM.from_pretrained(model)
+    for parameter in filled.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # biases begin as zeros
+    filled.save_pretrained(model)
+    for decay in (0, 10):
+        main_in_process(experiment_name=f"decay-{decay}", save_dir=tmp_path, rows_dir=rows_dir,
+                        model_name=model, dataset_name=corpus, weight_decay=decay, **RECIPE | {
+                            "max_steps": 1, "global_batch_size": 1, "warmup_steps": 0})
+        found.append(dict(AutoModelForCausalLM.from_pretrained(
+            tmp_path / f"decay-{decay}/model").named_parameters()))
+    same = {name for name in found[0] if torch.equal(found[0][name], found[1][name])}
+    plain = {name for name in found[0] if name.endswith(("bias", "norm.weight", "sinks"))}
+    assert plain == same and any(found[0][name].dim() == 2 for name in plain)
+
+
 # --- bad input: (options, exit status, words that its one message must hold) -----------------
 
 OPTION_ERRORS = {
