@@ -433,6 +433,12 @@ def model_config(folder: Path) -> dict:
         raise InputError(f"{path} is not JSON ({error}); copy it again") from error
 
 
+def vocabulary_size(folder: Path) -> int | None:
+    """Rows of the embedding of the model in `folder`; None if its config does not say."""
+    config = model_config(folder)
+    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+
+
 # --- 3. Whole or not at all -------------------------------------------------------------------
 # A folder half made, by a kill or a full disk, must never be taken for whole. So it is filled
 # beside its place under another name, forced to disk and renamed. Of many processes one holds the
@@ -1052,8 +1058,7 @@ def encode_documents(documents: Iterator[tuple[str, str, object]], encoder: Enco
     """Of a batch of documents after one another: ids (uint32), trained (bool); and each length.
 
     Raises InputError if a token has no row in the embedding of the model in `folder`."""
-    config = model_config(folder)
-    vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    vocab_size = vocabulary_size(folder)
     for batch in batch_documents(documents):
         encoded = list(encoder.encode(batch, bad))
         if not encoded:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import download
+from download import InputError
 from ranks import Processes
 
 # --- 1. Rows of one or more data sets ---------------------------------------------------------
@@ -128,11 +129,22 @@ def row_inputs(args: Namespace, *, held_out: bool) -> list[dict]:
 
 
 def find_rows(args: Namespace, *, held_out: bool = False) -> Rows | None:
-    """The rows if they are prepared. Raises InputError if a data set or tokenizer is missing."""
+    """The rows if they are prepared. Raises InputError if a data set or tokenizer is missing, or if
+    the rows, made for another model with this tokenizer, have tokens that this one does not know.
+    """
     folders = [download.rows_folder(**inputs) for inputs in row_inputs(args, held_out=held_out)]
     shares = tuple(share for _, share in download.read_mixture(args.dataset_name) if share)
     whole = all(folder.exists() for folder in folders)
-    return Rows(*folders, shares=() if held_out else shares) if whole else None
+    if not whole:
+        return None
+    rows = Rows(*folders, shares=() if held_out else shares)
+    size = download.vocabulary_size(download.find_model(args.model_name))
+    largest = max(meta["max_token_id"] for meta in rows.metas)
+    if size and largest >= size:
+        raise InputError(f"the rows in {folders[0].parent} have token id {largest}, but the"
+                         f" embedding of {args.model_name} has {size} rows; give the tokenizer that"
+                         " belongs to the model, or enlarge the embedding")
+    return rows
 
 
 # --- 2. The order of rows, and mixtures -------------------------------------------------------

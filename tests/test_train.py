@@ -435,6 +435,17 @@ def test_what_cannot_run_gets_one_message(case, tiny, corpus, rows_dir, tmp_path
     assert not (tmp_path / "out" / "x" / "metrics.jsonl").exists()
 
 
+def test_rows_made_for_a_model_of_more_tokens_are_refused(tiny, corpus, rows_dir, tmp_path):
+    download.prepare_rows(model_name=str(tiny), dataset_name=str(corpus), seq_length=LENGTH,
+                          rows_dir=rows_dir)
+    smaller = shutil.copytree(tiny, tmp_path / "smaller")  # with the same tokenizer
+    config = json.loads((smaller / "config.json").read_text())
+    (smaller / "config.json").write_text(json.dumps(config | {"vocab_size": 290}))
+    with pytest.raises(train_llm.InputError, match="token id 3.*has 290 rows"):
+        main_in_process(experiment_name="x", save_dir=tmp_path, rows_dir=rows_dir, random_init=None,
+                        model_name=smaller, dataset_name=corpus, **RECIPE)
+
+
 @pytest.mark.drill
 def test_under_torchrun_one_rank_speaks_and_none_hangs(tmp_path, tiny, rows_dir):
     started = time.monotonic()
