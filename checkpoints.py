@@ -467,10 +467,11 @@ def options_begun_with(folder: Path) -> dict:
 
 
 def keep_rows(path: Path, *, until: int) -> None:
-    """Drop rows of steps that were lost and will come again, and what a full disk cut short."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    """Drop rows of steps that were lost and will come again, and what a full disk or a loss of
+    power made of others."""
+    kept, text = [], path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= until:
                 kept.append(line)
     replace_text(path, "".join(kept))
@@ -710,7 +711,22 @@ def write_model(
                          " began; copy that folder there, too")
     half_made = target.with_name(f".{target.name}.half-made")
     shutil.rmtree(half_made, ignore_errors=True)
-    shutil.copytree(run / "model-files", half_made)
+    try:
+        shutil.copytree(run / "model-files", half_made)
+        write_model_files(half_made, heads, blocks_of, dtype)
+        half_made.rename(target)
+    except OSError as error:
+        raise InputError(f"the model was not written to {target} ({error}); make room, or name"
+                         f" another place: --export {run} --to FOLDER") from error
+    finally:
+        shutil.rmtree(half_made, ignore_errors=True)
+
+
+def write_model_files(
+    folder: Path, heads: Heads, blocks_of: Callable[[str], Iterator[torch.Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """The weights and their index, and their dtype into the config that is in `folder`."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in heads.items()}
     files, room = [], 0
     for name in heads:
@@ -722,10 +738,9 @@ def write_model(
     weight_map = {}
     for i, part in enumerate(files, start=1):
         file = f"model-{i:05}-of-{len(files):05}.safetensors"
-        write_file(half_made / file, part, blocks_of)
+        write_file(folder / file, part, blocks_of)
         weight_map |= dict.fromkeys(part, file)
-    write_json(half_made / "model.safetensors.index.json",
+    write_json(folder / "model.safetensors.index.json",
                {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-    config = json.loads((half_made / "config.json").read_text())
-    write_json(half_made / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-    half_made.rename(target)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

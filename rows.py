@@ -33,7 +33,7 @@ class Rows:
     """
 
     def __init__(self, *folders: Path, shares: tuple[Fraction, ...] = ()):
-        self.metas = [json.loads((folder / "meta.json").read_text()) for folder in folders]
+        self.metas = [read_meta(folder) for folder in folders]
         self.sizes, self.shares = tuple(meta["rows"] for meta in self.metas), shares
         if not shares:
             self.sizes, self.shares = (sum(self.sizes),), (Fraction(1),)
@@ -87,6 +87,21 @@ class Rows:
         documents = np.full(1 << len(first).bit_length(), tokens.size, np.int32)
         documents[: len(first)] = first
         return tuple(to_device(a, processes.device) for a in (tokens, labels, positions, documents))
+
+
+def read_meta(folder: Path) -> dict:
+    """What prepared rows are. Raises InputError if one of their files is not whole."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = meta["rows"] * meta["seq_length"]
+        needed = {"tokens.bin": 4 * tokens, "marks.bin": tokens, "targets.bin": 4 * meta["rows"]}
+        for name, size in needed.items():
+            if (found := (folder / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes, not {size}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the prepared rows in {folder} are damaged ({error}); remove that folder,"
+                         " and they are made again") from error
+    return meta
 
 
 class Joined:

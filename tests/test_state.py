@@ -274,7 +274,7 @@ def test_export_takes_the_newest_sound_checkpoint_or_the_one_named(straight, tmp
     assert "step-00000009 is not used: rank-00000.safetensors: not on" in caplog.text
     with pytest.raises(train_llm.InputError, match="nothing sound to export"):
         export(steps[12], tmp_path / "damaged")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == [
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
         "named", "newest"]
 
 
@@ -289,6 +289,7 @@ def test_export_needs_one_process_and_none_of_the_options_of_training(straight, 
         ("to", tmp_path / "out"): "exists, and is not an empty folder",
         ("lr", 3): "takes --to and --export-dtype only, not --lr 3",
         ("export", tmp_path): "no whole checkpoint there",
+        ("to", tmp_path / "out/config.json/x"): "was not written to .*Not a directory",
     }.items():
         options = dict(export=straight[0] / "straight", to=tmp_path / "empty")
         with pytest.raises(train_llm.InputError, match=words):
@@ -325,7 +326,8 @@ def test_a_run_resumes_without_its_record_and_after_half_a_row(straight):
     shutil.rmtree(folder / "model-files")
     (folder / "args.json").unlink()
     rows = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(rows[: rows.index('"step": 5') + 3])
+    junk = rows[: rows.index('"step": 5') + 3].encode() + b'\nnull\n{"loss": 1}\n\x00\xff'
+    (folder / "metrics.jsonl").write_bytes(junk)
     in_process(straight, "record")
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 13, 14, 15]
     assert (folder / "model" / "config.json").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -444,6 +445,23 @@ def test_rows_made_for_a_model_of_more_tokens_are_refused(tiny, corpus, rows_dir
     with pytest.raises(train_llm.InputError, match="token id 3.*has 290 rows"):
         main_in_process(experiment_name="x", save_dir=tmp_path, rows_dir=rows_dir, random_init=None,
                         model_name=smaller, dataset_name=corpus, **RECIPE)
+
+
+@pytest.mark.parametrize("damage", {
+    "tokens.bin has 8 bytes": lambda folder: os.truncate(folder / "tokens.bin", 8),
+    "targets.bin has 8 bytes": lambda folder: os.truncate(folder / "targets.bin", 8),
+    "marks.bin": lambda folder: (folder / "marks.bin").unlink(),
+    "line 1": lambda folder: (folder / "meta.json").write_text("{"),
+}.items(), ids=lambda damage: damage[0].split()[0])
+def test_rows_that_a_copy_cut_short_are_named(damage, tiny, corpus, rows_dir, tmp_path):
+    whole = download.prepare_rows(model_name=str(tiny), dataset_name=str(corpus),
+                                  seq_length=LENGTH, rows_dir=rows_dir)
+    folder = shutil.copytree(whole, tmp_path / "rows")
+    train_llm.Rows(folder)
+    words, harm = damage
+    harm(folder)
+    with pytest.raises(train_llm.InputError, match=f"{folder} are damaged.*{words}.*remove that"):
+        train_llm.Rows(folder)
 
 
 @pytest.mark.drill
