@@ -7,6 +7,7 @@ Shapes: B rows, T tokens in a row, C tokens in a chunk, V entries of the vocabul
 
 import functools
 import inspect
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from download import InputError
@@ -54,6 +55,24 @@ def suits_varlen(config) -> bool:
     other = dropout or getattr(text, "v_head_dim", None)  # DeepSeek's values are narrower than keys
     return bool(width and width % 8 == 0 and width <= 256 and not other
                 and declares(config, "_supports_sdpa") and declares(config, "_supports_flash_attn"))
+
+
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """Whether the model's masks heed positions that restart, where its kernel takes masks.
+
+    transformers' functions that make masks do, if the decoder hands its positions on to them. That
+    of gpt-oss, Falcon and some older ones does not (5.23), and nothing but its source tells so.
+    """
+    if model.config._attn_implementation == "varlen":  # needs no mask
+        return True
+    decoder = getattr(model, model.base_model_prefix)
+    classes = {type(part) for part in decoder.modules() if isinstance(part, PreTrainedModel)}
+    calls = [call for found in classes for call in MASKS_MADE.findall(
+        inspect.getsource(found.forward))]
+    return any("position_ids" in call for call in calls)
+
+
+MASKS_MADE = re.compile(r"(?:create_\w*mask\w*\(|mask_function\(|mask_kwargs = \{)[^)}]*")
 
 
 def declares(config, feature: str) -> bool:

@@ -475,8 +475,10 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     positions = "position_ids" in inspect.signature(model.forward).parameters
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     unmasked = {kind for kind in kinds if not kind.endswith("attention") or "linear" in kind}
-    if args.document_mask and (not positions or unmasked):
-        why = f"has {', '.join(sorted(unmasked))} layers" if unmasked else "takes no position_ids"
+    apart = positions and layers.keeps_documents_apart(model)
+    if args.document_mask and (not apart or unmasked):
+        why = (f"has {', '.join(sorted(unmasked))} layers" if unmasked else
+               "takes no position_ids" if not positions else "masks without looking at positions")
         raise InputError(
             f"{args.model_name} {why}, so documents in a row cannot be kept apart;"
             " accept that with --no-document-mask"

@@ -217,6 +217,35 @@ def test_varlen_is_for_models_whose_attention_it_computes(kind, suits):
     assert train_llm.layers.suits_varlen(config) == suits
 
 
+@pytest.mark.parametrize("kind", ["gpt-oss", "falcon"])
+def test_models_that_let_documents_see_each_other_are_refused(
+    kind, tmp_path, corpus, rows_dir
+):
+    """Their masks do not heed positions that restart: seen in the logits, and told."""
+    model = tmp_path / kind
+    if kind == "gpt-oss":
+        build_tiny_model(model, kind)
+    else:
+        build_tiny_model(model)
+        small = dict(vocab_size=320, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                     initializer_range=0.3)
+        train_llm.AutoConfig.for_model("falcon", **small).save_pretrained(model)
+        AutoModelForCausalLM.from_config(
+            train_llm.AutoConfig.from_pretrained(model)).save_pretrained(model)
+    ids = torch.arange(2, 22)[None]
+    positions = torch.arange(20)[None] % 10
+    with torch.no_grad():
+        both, alone = (AutoModelForCausalLM.from_pretrained(model).eval()(
+            ids[:, start:], position_ids=positions[:, start:], use_cache=False).logits[0, -10:]
+            for start in (0, 10))
+    assert not torch.allclose(both, alone, atol=1e-3)
+    options = dict(experiment_name="x", save_dir=tmp_path, rows_dir=rows_dir, model_name=model,
+                   dataset_name=corpus, **RECIPE)
+    with pytest.raises(train_llm.InputError, match="masks without looking.*--no-document-mask"):
+        train_llm.build_model(train_llm.parse_args(options_of(**options)))
+    train_llm.build_model(train_llm.parse_args(options_of(**options, document_mask=False)))
+
+
 def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
     seen = [rows_of_step(s, rows=30, global_batch_size=12, seed=5) for s in range(5)]
     assert sorted(np.concatenate(seen).tolist()) == sorted([*range(30)] * 2)
@@ -319,7 +348,8 @@ def test_weight_decay_leaves_vectors_alone_even_those_that_experts_stack(
     for decay in (0, 10):
         main_in_process(experiment_name=f"decay-{decay}", save_dir=tmp_path, rows_dir=rows_dir,
                         model_name=model, dataset_name=corpus, weight_decay=decay, **RECIPE | {
-                            "max_steps": 1, "global_batch_size": 1, "warmup_steps": 0})
+                            "max_steps": 1, "global_batch_size": 1, "warmup_steps": 0,
+                            "document_mask": False})
         found.append(dict(AutoModelForCausalLM.from_pretrained(
             tmp_path / f"decay-{decay}/model").named_parameters()))
     same = {name for name in found[0] if torch.equal(found[0][name], found[1][name])}
