@@ -203,12 +203,13 @@ def build_forward(
         """(C, V) of hidden states (C, H): by the model's own forward behind a decoder that is done,
         because some models scale or cap their logits."""
         done = output(last_hidden_state=hidden[None])  # has every field that this forward asks for
-        model.__dict__[decoder_name] = lambda *_, **__: done  # seen before the submodule
+        decoder = getattr(model, decoder_name)  # stays there: Falcon-H1 asks it for a number
+        decoder.__dict__["forward"] = lambda *_, **__: done  # seen before the class's
         try:
             # Gemma 4 compares shapes, so something must stand for the token ids.
             return type(model).forward(model, hidden[None, :, 0], use_cache=False).logits[0]
         finally:
-            del model.__dict__[decoder_name]
+            del decoder.__dict__["forward"]
 
     def forward(
         input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor,

@@ -432,7 +432,10 @@ def plan_unit(
 def give_storage(
     held: list[nn.Module], names: dict[int, str], make: Callable
 ) -> dict[str, torch.Tensor]:
-    """Storage, by `make`, for what is on meta in these modules; the named ones are returned."""
+    """Storage, by `make`, for what is on meta in these modules; the named ones are returned.
+
+    Buffers that no file holds are NaN, so that one which nothing computes is found in the end.
+    """
     made, own = {}, {}  # by id of the meta tensor: tied ones share their storage
     for module in held:
         for tensors in (module._parameters, module._buffers):
@@ -441,6 +444,9 @@ def give_storage(
                     continue
                 if id(meta) not in made:
                     tensor = make(meta) if meta.is_meta else meta
+                    unfilled = meta.is_meta and key in module._non_persistent_buffers_set
+                    if unfilled and tensor.is_floating_point():
+                        tensor.fill_(math.nan)
                     if isinstance(meta, nn.Parameter):
                         tensor = nn.Parameter(tensor, requires_grad=meta.requires_grad)
                     made[id(meta)] = tensor, meta  # kept: another could get a lost one's id

@@ -246,6 +246,17 @@ def test_models_that_let_documents_see_each_other_are_refused(
     train_llm.build_model(train_llm.parse_args(options_of(**options, document_mask=False)))
 
 
+def test_the_head_may_ask_the_decoder_for_a_number(tmp_path):
+    """Falcon-H1's scales its logits by one of the decoder's."""
+    build_tiny_model(tmp_path, "falcon-h1")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(2, 26)[None]
+    wanted = whole(ids, labels=ids).loss
+    whole.forward = train_llm.layers.build_forward(whole, chunk=7, document_mask=False)
+    labels = torch.cat((ids[:, 1:], torch.tensor([[-100]])), dim=1)
+    assert whole(ids, labels, None, None, 1 / 23).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
     seen = [rows_of_step(s, rows=30, global_batch_size=12, seed=5) for s in range(5)]
     assert sorted(np.concatenate(seen).tolist()) == sorted([*range(30)] * 2)

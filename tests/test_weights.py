@@ -293,3 +293,13 @@ def test_values_that_are_not_finite_are_found():
         whole[7] = float(bad)
         assert not weights.is_finite(whole)
         whole[7] = 0
+
+
+def test_a_buffer_that_nothing_computes_is_not_finite_rather_than_what_lay_in_memory():
+    with torch.device("meta"):
+        module = torch.nn.Linear(2, 2)
+        module.register_buffer("scales", torch.ones(3), persistent=False)
+    module.register_buffer("known", torch.ones(3), persistent=False)  # not on meta
+    weights.give_storage([module], {}, lambda meta: torch.zeros_like(meta, device="cpu"))
+    assert module.scales.isnan().all() and module.known.eq(1).all()
+    assert module.weight.eq(0).all()
