@@ -41,7 +41,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from fnmatch import fnmatch
@@ -192,12 +192,12 @@ def read_mixture(words: list[str]) -> list[tuple[str, Fraction | None]]:
         given = name and re.fullmatch(r"\d*\.?\d+", weight) and not Path(word).exists()
         found.append((name, Fraction(weight)) if given else (word, None))
     names, weights = [name for name, _ in found], [weight for _, weight in found]
-    total = sum(weight or 0 for weight in weights)
+    weighted, total = any(w is not None for w in weights), sum(w or 0 for w in weights)
     if len(set(names)) < len(names):
         raise InputError(f"--dataset-name {' '.join(words)}: one is named twice; name it once")
-    if total and not all(weights):
+    if weighted and not all(weights):
         raise InputError(f"--dataset-name {' '.join(words)}: give each a weight above 0, or none")
-    if total and math.lcm(*((weight / total).denominator for weight in weights)) > 1_000_000:
+    if weighted and math.lcm(*((weight / total).denominator for weight in weights)) > 1_000_000:
         raise InputError(f"--dataset-name {' '.join(words)}: the mixture would repeat after more"
                          " than a million rows only; give weights of fewer digits")
     return [(name, weight and weight / total) for name, weight in found]
@@ -234,12 +234,13 @@ def prepare_rows(**inputs) -> Path:
         started = time.perf_counter()
         bad = BadRows(asked.skip_bad_rows)
         data = read_data(asked.dataset_name, asked.dataset_subset, asked.dataset_split, bad)
-        kind, documents = find_documents(data, asked, bad)
-        model = find_model(asked.model_name)
-        encoder = build_encoder(model, kind, asked)
-        batches = encode_documents(documents, encoder, model, bad)
-        counts = write_rows(batches, temporary, packed=kind != "text",
-                            padding_id=encoder.tokenizer.eos_token_id, asked=asked)
+        with closing(data):  # its bar ends its line before an error is told
+            kind, documents = find_documents(data, asked, bad)
+            model = find_model(asked.model_name)
+            encoder = build_encoder(model, kind, asked)
+            batches = encode_documents(documents, encoder, model, bad)
+            counts = write_rows(batches, temporary, packed=kind != "text",
+                                padding_id=encoder.tokenizer.eos_token_id, asked=asked)
         if rows_folder(**inputs) != folder:
             raise InputError(f"{asked.dataset_name} or the tokenizer of {asked.model_name} changed"
                              " while it was read; start again when it stays as it is")
@@ -641,12 +642,15 @@ def decode(data: bytes, path: Path, line: int) -> str:
 
 
 def parse_json(data: bytes, path: Path, line: int) -> object:
+    text = decode(data, path, line)
     try:
-        return json.loads(decode(data, path, line))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise InputError(f"{path}, line {line}: broken JSON ({error.msg}, column {error.colno});"
                          ' needed: one object a line, such as {"text": "..."}') from error
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise InputError(f"{path}, line {line}: {first_line(error)}; remove it") from error
     except RecursionError as error:
         raise InputError(f"{path}, line {line}: JSON nested too deep to read; remove it") from error
 
@@ -707,13 +711,13 @@ def read_documents(rows: Iterator[Row], data_format: str | None, bad: BadRows, f
     for where, row in rows:
         try:
             if not isinstance(row, dict):
-                raise InputError(f"{where}: found {json.dumps(row)[:40]}, needed an object with"
+                raise InputError(f"{where}: found {quoted(row)}, needed an object with"
                                  f" {needed_fields(data_format)}; correct or remove it")
             kind = found.get("kind") or find_kind(row, data_format, where)
             if not set(KINDS[kind][1]) <= set(row):
                 raise InputError(missing_fields(where, row, KINDS[kind][0]))
             document = DOCUMENTS[kind](row, where)
-            dumped = json.dumps(document, ensure_ascii=False)
+            dumped = as_json(document)
             check_characters(dumped, where)
         except InputError as error:
             bad(error)
@@ -758,10 +762,20 @@ def check_characters(dumped: str, where: str) -> None:
                              f" {LONGEST_WORD:,} are taken for language; remove it")
 
 
+def as_json(value: object) -> str:
+    """A value as JSON, and what only Parquet has (bytes, dates) as Python writes it."""
+    return json.dumps(value, ensure_ascii=False, default=repr)
+
+
+def quoted(value: object) -> str:
+    """The beginning of a value, for a message, in ASCII."""
+    return json.dumps(value, default=repr)[:60]
+
+
 def string_of(row: dict, field: str, where: str) -> str:
     if not isinstance(row[field], str):
-        raise InputError(f'{where}: field "{field}" is {json.dumps(row[field], default=repr)[:40]},'
-                         " needed a string; correct or remove it")
+        raise InputError(f'{where}: field "{field}" is {quoted(row[field])}, needed a string;'
+                         " correct or remove it")
     return row[field]
 
 
@@ -774,7 +788,7 @@ def alpaca_document(row: dict, where: str) -> dict:
     parts = [string_of(row, name, where) for name in ("instruction", "input") if row.get(name)]
     messages = [{"role": "user", "content": "\n".join(parts)},
                 {"role": "assistant", "content": string_of(row, "output", where)}]
-    return {"messages": check_turns(with_system(messages, row), where)}
+    return {"messages": check_turns(with_system(messages, row, where), where)}
 
 
 def messages_document(row: dict, where: str) -> dict:
@@ -786,7 +800,8 @@ def messages_document(row: dict, where: str) -> dict:
 def sharegpt_document(row: dict, where: str) -> dict:
     messages = [message_of(message, f"{where}, message {number}", "from", "value")
                 for number, message in enumerate(list_of(row["conversations"], where), 1)]
-    return {"messages": check_turns(with_system(messages, row), where)} | tools_of(row, where)
+    messages = check_turns(with_system(messages, row, where), where)
+    return {"messages": messages} | tools_of(row, where)
 
 
 DOCUMENTS = {"text": lambda row, where: string_of(row, "text", where), "prompt": prompt_document,
@@ -794,22 +809,22 @@ DOCUMENTS = {"text": lambda row, where: string_of(row, "text", where), "prompt":
              "sharegpt": sharegpt_document}
 
 
-def with_system(messages: list[dict], row: dict) -> list[dict]:
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + messages
+def with_system(messages: list[dict], row: dict, where: str) -> list[dict]:
+    if not row.get("system"):
+        return messages
+    return [{"role": "system", "content": string_of(row, "system", where)}, *messages]
 
 
 def list_of(value: object, where: str) -> list:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: an empty conversation, or none ({json.dumps(value)[:40]});"
-                         " remove it")
+        raise InputError(f"{where}: an empty conversation, or none ({quoted(value)}); remove it")
     return value
 
 
 def message_of(message: object, where: str, role: str, content: str) -> dict:
     """One message as chat templates take it; a field that is null is one that is not there."""
-    if not isinstance(message, dict) or message.get(role) not in ROLES:
-        raise InputError(f"{where}: found {json.dumps(message)[:60]}, needed an object with"
+    if not isinstance(message, dict) or message.get(role) not in list(ROLES):
+        raise InputError(f"{where}: found {quoted(message)}, needed an object with"
                          f' "{role}" (one of {", ".join(ROLES)}) and "{content}"; correct it')
     found = {name: value for name, value in message.items() if value is not None}
     name, text = found.pop(role), found.pop(content, None)
@@ -822,8 +837,7 @@ def message_of(message: object, where: str, role: str, content: str) -> dict:
         found["tool_calls"] = [tool_call_of(call, where) for call in
                                list_of(found["tool_calls"], where)]
     elif not isinstance(text, str):
-        raise InputError(f'{where}: "{content}" is {json.dumps(text, default=repr)[:40]}, needed a'
-                         " string; correct it")
+        raise InputError(f'{where}: "{content}" is {quoted(text)}, needed a string; correct it')
     if ROLES[name] == "assistant" and not (text or "").strip() and "tool_calls" not in found:
         raise InputError(f"{where}: the assistant says nothing; remove it")
     return {"role": ROLES[name]} | ({} if text is None else {"content": text}) | found
@@ -833,7 +847,7 @@ def tool_call_of(call: object, where: str) -> dict:
     """A tool call whose arguments are an object: templates write these as JSON themselves."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InputError(f"{where}: a tool call {json.dumps(call)[:60]}, needed"
+        raise InputError(f"{where}: a tool call {quoted(call)}, needed"
                          ' {"function": {"name": "...", "arguments": {...}}}; correct it')
     return call | {"function": function | {"arguments": parsed(function.get("arguments"), where)}}
 
@@ -929,7 +943,7 @@ class Encoder:
 
     def write_chat(self, chat: dict, where: str) -> tuple[str, list[tuple[int, int]]]:
         """A conversation as the template writes it, and the (start, end) of each trained part."""
-        spelled = self.special.search(json.dumps(chat, ensure_ascii=False))
+        spelled = self.special.search(as_json(chat))
         if spelled:
             raise InputError(f"{where}: spells out {spelled[0]}, which would become that special"
                              " token; remove it")

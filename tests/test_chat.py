@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,22 @@ def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(models
                for whole, _ in documents_of(folder, models["tools"]))
     assert read_meta(folder)["today"] == "2024-07-26"
     assert "told that today is 2024-07-26" in download.report(folder)
+
+
+def test_a_message_may_hold_fields_that_only_parquet_has(inputs, tmp_path):
+    chats = [as_messages(chat)["messages"] for chat in CHATS]
+    for message in chain.from_iterable(chats):
+        message["when"] = datetime(2024, 1, 1)
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "dated.parquet")
+    dated = prepare_rows(**inputs | dict(dataset_name=str(tmp_path / "dated.parquet")))
+    assert contents(dated) == contents(prepare_rows(**inputs))
+
+
+def test_a_system_field_that_is_no_text_is_told(inputs, tmp_path):
+    row = as_sharegpt(CHATS[1]) | {"system": ["Be brief"]}
+    data = write_lines(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(InputError, match='line 1: field "system" is .*needed a string'):
+        prepare_rows(**inputs | dict(dataset_name=str(data)))
 
 
 def test_a_chat_template_from_a_file_replaces_the_tokenizers(models, inputs, tmp_path):
@@ -378,6 +396,7 @@ BAD = {  # name: (the row, what the message must say)
     "silent": (as_messages([("user", "a"), ("assistant", " \n")]),
                "line 2, message 2: the assistant says nothing"),
     "role": (as_messages([("robot", "a")]), "line 2, message 1: found .*robot.*one of human"),
+    "roles": (as_messages([(["user"], "a"), ("assistant", "b")]), r"line 2, message 1: found .*\["),
     "content": (as_messages([("user", 3), ("assistant", "a")]),
                 'line 2, message 1: "content" is 3, needed a string'),
     "image": (as_messages([("user", [{"type": "image"}]), ("assistant", "a")]),
@@ -480,6 +499,7 @@ def test_a_mixture_is_names_and_shares_that_sum_to_one(tmp_path, monkeypatch):
     assert read_mixture(["a=1", "x=y"]) == [("a=1", None), ("x=y", None)]
     for words, message in ((["a=1", "b"], "give each a weight above 0, or none"),
                            (["a=1", "b=0"], "give each a weight above 0, or none"),
+                           (["b=0"], "give each a weight above 0, or none"),
                            (["a=1", "a=2"], "one is named twice"),
                            (["a=0.1234567", "b=0.8765433"], "give weights of fewer digits")):
         if words[0] == "a=1":

@@ -319,6 +319,7 @@ BAD_DATA = {  # name of the file, content, what the message must say
     "number": ("a.jsonl", GOOD + "\n12\n", "a.jsonl, line 3: found 12, needed an object"),
     "list": ("a.jsonl", GOOD + '["a"]\n', "a.jsonl, line 2: found ..a.., needed an object"),
     "deep": ("a.jsonl", GOOD + "[" * 99999 + "\n", "a.jsonl, line 2: JSON nested too deep"),
+    "digits": ("a.jsonl", GOOD + '{"i": %s}\n' % ("1" * 9999), "line 2: .* limit .4300 digits"),
     "null": ("a.jsonl", GOOD + '{"text": null}\n', 'line 2: field "text" is null, needed a string'),
     "not text": ("a.jsonl", GOOD + '{"text": 3}\n', 'line 2: field "text" is 3, needed a string'),
     "half pair": ("a.jsonl", GOOD + '{"text": "a\\ud800"}\n', "line 2: .*ud800. is half of a"),
@@ -349,6 +350,9 @@ def test_bad_data_are_told_by_file_and_line_and_leave_nothing(inputs, tmp_path, 
 
 def test_bad_rows_of_parquet_are_told_by_row(inputs, tmp_path):
     path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": [b"a"]}), path)  # JSON has no bytes
+    with pytest.raises(InputError, match="a.parquet, row 1: an empty conversation, or none .*b'a'"):
+        prepare_rows(**inputs | dict(dataset_name=str(path)))
     pq.write_table(pa.table({"text": ["a", None]}), path)
     with pytest.raises(InputError, match='a.parquet, row 2: field "text" is null'):
         prepare_rows(**inputs | dict(dataset_name=str(path)))
@@ -400,6 +404,13 @@ def test_the_command_tells_an_error_in_one_line_with_status_1(inputs):
     last = done.stderr.strip().split("\n")[-1]
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
     assert last.startswith("download.py: error: ") and "line 1: broken JSON" in last
+
+
+def test_an_error_stands_on_a_line_of_its_own_behind_the_progress_bar(inputs):
+    write_lines(Path(inputs["dataset_name"]), ["a", 5, "b"])
+    done = run(command(inputs))
+    assert 'error: ' in done.stderr.splitlines()[-1]
+    assert "\ndownload.py: error: " in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("words, message", [
