@@ -162,7 +162,7 @@ read_hosts() {
     local pattern='^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.-]*(:[1-9][0-9]{0,4})?$'
     hosts=() first_ranks=() addresses=() skews=() run_id=''
     local record=logs/$name/run
-    if [[ $verb != start && $verb != check && ! $hosts_file && -e $record ]]; then
+    if [[ $verb != start && $verb != check && ! $hosts_file && -s $record ]]; then
         { read -r _ run_id
           while read -r host rank address skew; do
               hosts+=("$host") first_ranks+=("$rank") addresses+=("${address#-}") skews+=("$skew")
@@ -209,7 +209,8 @@ call_hosts() {
     work=$(mktemp -d)
     # shellcheck disable=SC2016
     script=$(
-      echo '{ echo "clock ${EPOCHREALTIME/,/.}"'
+      # the empty line ends what .bashrc began, as a window's title
+      echo '{ echo; echo "clock ${EPOCHREALTIME/,/.}"'
       for variable in $(compgen -e |
           grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$') "${environment[@]}"
       do printf 'export %s=%q\n' "$variable" "${!variable}"; done
@@ -219,6 +220,8 @@ call_hosts() {
       declare -f $(compgen -A function host_)
       printf 'cd %q || { host_say fail there is no folder %q, copy the project there; exit 3; }\n' \
           "$PWD" "$PWD"
+      echo '[[ ${EPOCHREALTIME:-} ]] || { host_say fail "has bash $BASH_VERSION; bash 5 or newer' \
+          'is needed"; exit 3; }'
       echo 'while IFS= read -r order; do (set -euo pipefail; eval "$order") < /dev/null 2>&1'
       echo 'host_say done $?; done; }')
     size=$(LC_ALL=C; echo ${#script}) # in bytes
@@ -256,7 +259,7 @@ read_answers() { # I
         if [[ $line == clock\ * ]]; then
             started=1
             printf '%d\tclock\t%s %s\n' "$1" "${line#clock }" "${EPOCHREALTIME/,/.}"
-        elif [[ $line == gone$'\t'* || ( $started && $line == [a-z_.]*$'\t'* ) ]]; then
+        elif [[ $line == gone$'\t'* || ( $started && $line == [[:alnum:]_.]*$'\t'* ) ]]; then
             if [[ $line == log$'\t'* ]]; then receive_log "$1" "${line#*$'\t'}"
             else printf '%d\t%s\n' "$1" "${line:0:1000}"; fi # a pipe keeps 4096 bytes together
         elif [[ $line == *[![:space:]]* ]]; then printf '%d\tsaid\t%s\n' "$1" "${line:0:1000}"; fi
@@ -386,6 +389,7 @@ find_python() {
 look_at_hosts() {
     local i
     refusal=1
+    look_where_it_ran
     run_id=$name-$(< /proc/sys/kernel/random/uuid)
     mapfile -t sources < <(find . -maxdepth 1 -name '*.py' ! -name top-cluster.py -printf '%f\n')
     find_rendezvous
@@ -405,6 +409,27 @@ look_at_hosts() {
     done
     asked=("${!hosts[@]}")
     tell_hosts
+}
+
+# `hosts` may have changed since a start of this name; the others are asked by the check itself. Two
+# runs of one name would write, and delete, the same checkpoints.
+look_where_it_ran() {
+    local host state elsewhere=' '
+    [[ -s logs/$name/run ]] || return 0
+    while read -r host _; do
+        [[ " ${hosts[*]} " == *" $host "* ]] || elsewhere+="$host "
+    done < <(tail -n +2 "logs/$name/run")
+    [[ $elsewhere != ' ' ]] || return 0
+    while read -r _ _ host state; do
+        host=${host%:}
+        [[ $elsewhere == *" $host "* ]] || continue
+        [[ $state != "not to be reached" ]] ||
+            warnings+=("$host: cannot be reached; $name was started there and may still run")
+        host_is_live "${state%%,*}" && [[ ! $force ]] &&
+            abort "$name still runs on $host, which is no longer among the hosts; end it first:" \
+                "bash launch.sh stop --name $name"
+    done < <(bash launch.sh status --name "$name" 2> /dev/null)
+    return 0
 }
 
 # The address of the first host, as this machine resolves it. Its own name may mean 127.0.1.1 to
@@ -767,7 +792,8 @@ start() {
           unset "fact[$i,failed]" # from here on: to start
       done; } > "logs/$name/run"
     complaints=() accused=()
-    trap 'trap "" INT TERM; echo "launch.sh: interrupted" >&2; take_back; exit 130' INT TERM
+    trap 'exec &> /dev/null; kill "$$"' HUP # the terminal is gone, and nobody to be told
+    trap 'trap "" INT TERM HUP; echo "launch.sh: interrupted" >&2; take_back; exit 130' INT TERM
     start_by=$((EPOCHSECONDS + patience + 6)) # what arrives later at a host was given up here
     on_hosts host_start "$patience"
     tell_complaints || { take_back; exit 1; }
@@ -1254,6 +1280,7 @@ host_ask_to_end() {
     host_find_processes
 }
 
+[[ ${EPOCHREALTIME:-} ]] || abort "this is bash $BASH_VERSION; bash 5 or newer is needed"
 # A shell inside the tmux of a run carries its id: drop it, or stop would end itself.
 [[ ! -v TRAIN_LLM_RUN_ID ]] || exec env -u TRAIN_LLM_RUN_ID bash "$0" "$@"
 called_from=$PWD

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -588,14 +589,15 @@ def test_a_host_that_hangs_during_the_start_is_given_up_and_starts_nothing_later
     assert not fleet.alive("half")
 
 
-def test_an_interrupted_start_takes_back_what_it_started(fleet):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_start_takes_back_what_it_started(fleet, number):
     fleet.delay_start("node-1", 3)
     start = fleet.popen("--name", "half", *MODEL)
     wait_for(lambda: fleet.alive("half") == ["node-10", "node-2"])
-    start.terminate()
+    start.send_signal(number)
     _, err = start.communicate(timeout=60)
     assert start.returncode == 130
-    assert "interrupted" in err
+    assert ("interrupted" in err) == (number == signal.SIGTERM)  # else its terminal is gone
     wait_for((fleet.fakes / "late").exists)
     time.sleep(1)
     assert not fleet.alive("half")
@@ -609,6 +611,53 @@ def test_a_clock_two_seconds_off_is_warned_of_and_what_bashrc_prints_is_ignored(
     check = fleet.launch("check", "--name", "x", *MODEL)
     assert check.returncode == 0, check.stderr
     assert re.search(r"warning: node-10: its clock is \+[12]\.\d+ s off", check.stdout)
+
+
+def test_what_bashrc_prints_without_ending_its_line_is_ignored(fleet):
+    fleet.login("node-10", r"printf '\033]0;title\007'" + "\n")
+    check = fleet.launch("check", "--name", "x", *MODEL)
+    assert check.returncode == 0, check.stderr
+
+
+def test_an_old_bash_is_told_with_its_host(fleet):
+    real, fake = shutil.which("bash"), fleet.fakes / "bin" / "bash"
+    fake.write_text(f'#!/bin/sh\n[ "$FAKE_HOST" != node-10 ] ||\n'
+                    f'exec {real} -c "unset EPOCHREALTIME; $2"\nexec {real} "$@"\n')  # fmt: skip
+    fake.chmod(0o755)
+    check = fleet.launch("check", "--name", "x", *MODEL)
+    assert check.returncode == 1
+    assert re.search(r"launch.sh: node-10: has bash \S+; bash 5 or newer is needed\n", check.stderr)
+
+
+def test_a_source_file_that_differs_is_told_whatever_its_name(fleet):
+    (fleet.root / "Model.py").touch()
+    sha256sum = shutil.which("sha256sum")
+    fleet.install("sha256sum", f'{sha256sum} "$@" | sed "s/.*  Model.py/$FAKE_HOST  Model.py/"\n')
+    check = fleet.launch("check", "--name", "x", *MODEL)
+    assert "node-10, node-1: has another Model.py than node-2" in check.stderr
+
+
+def test_a_name_that_still_runs_on_hosts_of_an_earlier_file_is_refused(fleet):
+    fleet.write_hosts("node-1\nnode-2\n")
+    assert fleet.launch("--name", "same", *MODEL).returncode == 0
+    fleet.write_hosts("node-1\nnode-3\n")
+    start = fleet.launch("--name", "same", *MODEL)
+    assert start.returncode == 1
+    assert "same still runs on node-2, which is no longer among the hosts" in start.stderr
+    assert fleet.launch("stop", "--now", "--name", "same").returncode == 0
+    assert fleet.alive("same") == []
+    fleet.login("node-2", "exit 255\n")
+    start = fleet.launch("--name", "same", *MODEL)
+    assert start.returncode == 0, start.stderr
+    assert "warning: node-2: cannot be reached; same was started there" in start.stdout
+
+
+def test_an_empty_record_of_a_start_is_none(fleet):
+    (fleet.root / "logs" / "cut").mkdir(parents=True)
+    (fleet.root / "logs" / "cut" / "run").touch()
+    status = fleet.launch("status", "--name", "cut")
+    assert status.returncode == 1
+    assert "no run named cut was started here" in status.stderr
 
 
 def test_a_gpu_in_use_or_with_errors_is_told_with_its_process(fleet):
