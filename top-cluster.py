@@ -95,7 +95,7 @@ def parse_args(argv=None):
 def read_hosts(path):
     """The hosts of a file, a line each; `#` begins a comment. ValueError quotes a bad line."""
     names = []
-    with open(path) as file:
+    with open(path, errors="replace") as file:  # comments may be in any encoding
         for i, line in enumerate(file, start=1):
             name = line.partition("#")[0].strip()
             if not name:
@@ -639,12 +639,12 @@ class Streams:
         self.args, self.cluster, self.selector = args, cluster, selector
         self.source, self.next_look = sampler_source().encode(), 0.0
         self.streams = [Stream(host) for host in cluster.hosts]
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         need = 3 * len(self.streams) + 64
         if hard != resource.RLIM_INFINITY and hard < need:
             sys.exit(f"top-cluster.py: {len(self.streams)} hosts need {need} open files, and"
                      f" `ulimit -Hn` is {hard}: raise it, or name fewer hosts")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(need, 1024), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, need), hard))
 
     def tend(self, now):
         """Starts what is due, renews leases, ends streams that fell silent."""

@@ -334,6 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoints.export_model(state, args, folder, processes)
     saver.require(state.step)
     heart.beat("finished", state.step)
+    meter.bar.close()  # ends its line
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
 
@@ -984,6 +985,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if int(os.environ.get("LOCAL_RANK", 0)):
             time.sleep(10)
-        print(f"train_llm.py: error: {error}", file=sys.stderr, flush=True)
+        line_end = "\n" if Heart.newest else ""  # of the progress bar: launch.sh looks at lines
+        print(f"{line_end}train_llm.py: error: {error}", file=sys.stderr, flush=True)
         # At once: a process group whose other members wait cannot be left in good order.
         os._exit(2 if isinstance(error, OptionError) else 1)

@@ -457,8 +457,8 @@ def test_text_from_a_host_cannot_reach_the_terminal_as_a_command():
 
 def test_the_hosts_file_is_read_as_the_launcher_reads_it(tmp_path):
     file = tmp_path / "hosts"
-    file.write_text("# all\n\nlocalhost\n  ada@node-1:2222 # jump\nnode_2\n[fe80::1]:22\n"
-                    "10.0.0.7\n")
+    file.write_bytes(b"# all\n\nlocalhost\n  ada@node-1:2222 # jump\r\nnode_2\n[fe80::1]:22\n"
+                     b"10.0.0.7 # M\xfcller's\n")
     assert top.read_hosts(file) == ["localhost", "ada@node-1:2222", "node_2", "[fe80::1]:22",
                                     "10.0.0.7"]
 
@@ -471,6 +471,14 @@ def test_a_bad_or_repeated_host_is_refused_with_the_line_quoted(tmp_path, line):
     refused = once(file)
     assert refused.returncode == 2
     assert "line 2: " + repr(line) in refused.stderr
+
+
+def test_few_open_files_are_enough_for_few_hosts(tmp_path):
+    (tmp_path / "hosts").write_text("localhost\n")
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", sys.executable, PROGRAM, "--once",
+         tmp_path / "hosts"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ports_users_and_the_local_machine_reach_the_right_command():

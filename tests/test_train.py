@@ -307,6 +307,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
     assert done.returncode != 0
     assert done.stderr.count("error: step ") == 1, done.stderr
     assert "No update was made" in done.stderr
+    assert "\ntrain_llm.py: error: " in done.stderr  # not behind the progress bar
     assert not (tmp_path / "nan" / "model").exists()
     beats = [json.loads(path.read_text()) for path in tmp_path.glob("nan/heartbeats/*")]
     assert {beat["phase"] for beat in beats} == {"failed"}
