@@ -433,14 +433,19 @@ look_where_it_ran() {
 }
 
 # The address of the first host, as this machine resolves it. Its own name may mean 127.0.1.1 to
-# itself; then, and for localhost, it is the address from which the second host would be reached.
+# itself; then, and for localhost, it is the address from which the next host would be reached.
 find_rendezvous() {
+    local i next
     rendezvous=localhost
     ((${#hosts[@]} > 1)) || return 0
     command -v ip > /dev/null || abort "ip is needed for several hosts: apt-get install iproute2"
     rendezvous=$(address_of 0)
-    [[ $rendezvous != 127.* ]] ||
-        rendezvous=$(ip -4 route get "$(address_of 1)" | sed -nE '1s/.* src ([0-9.]+).*/\1/p')
+    for ((i = 1; i < ${#hosts[@]}; i++)); do
+        [[ $rendezvous == 127.* ]] || return 0
+        next=$(address_of "$i")
+        rendezvous=$(ip -4 route get "$next" | sed -nE '1s/.* src ([0-9.]+).*/\1/p')
+    done
+    [[ $rendezvous != 127.* ]] || abort "${hosts[*]} all mean this machine; name it once"
 }
 
 address_of() {

@@ -701,6 +701,22 @@ def test_localhost_may_stand_among_hosts_behind_ssh(fleet):
     assert not fleet.alive("mixed")
 
 
+def test_this_machine_under_two_names_is_told_although_both_mean_its_loopback(fleet):
+    fleet.install("getent", f'[[ $2 != node-1 ]] || {{ echo "127.0.1.1 STREAM"; exit; }}\n'
+                            f'exec {FAKES}/getent "$@"\n')  # fmt: skip
+    fleet.install("ip", f'[[ $4 != 127.* ]] || {{ echo "$4 dev lo src 127.0.0.1"; exit; }}\n'
+                        f'exec {FAKES}/ip "$@"\n')  # fmt: skip
+    fleet.write_hosts("localhost\nnode-1\nnode-2\n")
+    words = ("check", "--name", "x", *MODEL)
+    check = fleet.launch(*words, FAKE_HOST="node-1")
+    assert check.returncode == 1
+    assert "node-1: has the address 10.1.0.1 of localhost: the same machine" in check.stderr
+    fleet.write_hosts("localhost\nnode-1\n")
+    check = fleet.launch(*words, FAKE_HOST="node-1")
+    assert check.returncode == 1
+    assert check.stderr == "launch.sh: localhost node-1 all mean this machine; name it once\n"
+
+
 def test_too_little_disk_shared_memory_or_open_files_are_told_with_their_remedy(fleet):
     fleet.install("df", "echo Avail; case $FAKE_HOST in node-1) printf '%s\\n' 99 90000 400 ;;\n"
                         "*) printf '%s\\n' 90000 90000 9000 ;; esac\n")  # fmt: skip
