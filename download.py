@@ -568,14 +568,29 @@ def find_files(name: str) -> tuple[Path, list[Path]]:
             raise InputError(f"{name} is of no kind that can be read; needed: {kinds}")
         root, paths = root.parent, [root]
     else:
-        paths = [path for path in sorted(root.rglob("*")) if path.is_file() and reader_of(path)
-                 and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        paths = [path for path in sorted(files_below(root)) if path.is_file() and reader_of(path)
+                 and not path.name.startswith(".")]
         if not paths:
             raise InputError(f"folder {name} has no file that can be read; needed: {kinds}")
     paths = [path for path in paths if path.stat().st_size]
     if not paths:
         raise InputError(f"dataset {name} is empty, 0 bytes; put documents into it")
     return root, paths
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Raises InputError for a folder that cannot be looked into: data must not go missing."""
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); give this user the"
+                         " right to, or take it away") from error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in folders):
+            if path.is_symlink():
+                raise InputError(f"{path} is a link to a folder, and those are not followed; name"
+                                 " that folder as another data set, or take the link away")
+        yield from (Path(folder, name) for name in names)
 
 
 def read_json_lines(path: Path, stream: BinaryIO, bad: BadRows) -> Iterator[Row]:

@@ -1730,7 +1730,7 @@ class Screen:
 
     def size(self):
         rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(1, termios.TIOCGWINSZ, b"\0" * 8))
-        return columns or 80, rows or 24
+        return max(30, columns or 80), rows or 24  # what does not fit a narrower one is cut off
 
     def hear(self):
         text = os.read(0, 1024).decode("utf-8", "replace")

@@ -292,6 +292,27 @@ def test_a_folder_is_read_in_the_order_of_its_names_one_document_per_text_file(i
     assert contents(other) == contents(prepare_rows(**inputs))
 
 
+def test_a_folder_that_cannot_be_read_whole_is_refused(inputs, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "locked").mkdir(parents=True)
+    write_lines(folder / "a.jsonl", TEXTS)
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    (folder / "locked").chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        with pytest.raises(InputError, match=r"folder/locked cannot be read \(Permission denied\)"):
+            download.find_files(str(folder))
+    finally:
+        os.seteuid(user)
+    (folder / "locked").rmdir()
+    (folder / "linked").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="folder/linked is a link to a folder"):
+        prepare_rows(**inputs | dict(dataset_name=str(folder)))
+
+
 def test_a_hub_dataset_makes_the_same_rows_and_its_split_is_in_the_key(inputs, monkeypatch):
     import datasets
 

@@ -1070,6 +1070,8 @@ def test_the_screen_follows_a_new_size_takes_keys_and_goes_without_a_trace(tmux)
     def text(word, seconds=10):
         return wait_for(lambda: word in screen() and screen(), seconds)
     text("q quit")
+    tmux("resize-window", "-x", 10, "-y", 3)
+    wait_for(lambda: screen().startswith("nodes 7/8\n"))
     tmux("resize-window", "-x", 120, "-y", 40)
     assert "LOAD" in text("LOAD")
     assert len(screen().rstrip("\n").split("\n")) == 40
