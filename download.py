@@ -1766,6 +1766,8 @@ def write_sums(folder: Path, small: list[HubFile], weights: list[HubFile]) -> No
 
 
 def replace_text(path: Path, text: str) -> None:
+    if path.is_file() and path.read_text() == text:
+        return  # a cache that others share may be read-only
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     temporary.write_text(text)

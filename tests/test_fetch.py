@@ -152,12 +152,13 @@ def test_huggingface_hub_finds_every_file_in_its_place(fetch, hub, home):
     assert len(hub.served) == before  # nothing was fetched again
 
 
-def test_a_second_start_fetches_nothing(fetch, hub):
+def test_a_second_start_fetches_and_writes_nothing(fetch, hub, home):
     assert fetch().returncode == 0
     before = len(hub.served)
+    ref = (cache(home) / "refs/main").stat()
     done = fetch()
     assert done.returncode == 0 and "4 of 4 files were here" in done.stdout, done.stdout
-    assert len(hub.served) == before
+    assert len(hub.served) == before and (cache(home) / "refs/main").stat().st_ino == ref.st_ino
 
 
 def test_the_revision_is_resolved_once_and_told(fetch, hub, home, source, tmp_path):
