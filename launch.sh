@@ -399,6 +399,9 @@ look_at_hosts() {
     order_ranks
     sort_paths
     for i in "${asked[@]}"; do # what has no Python or no project cannot try it
+        [[ ${fact[$i,gpus]:-}${fact[$i,failed]:-} ]] ||
+            blame "$i" "$PYTHON breaks off with exit code ${fact[$i,broke_off]:-0} and says" \
+                "${fact[$i,said]:-nothing}; try there: $PYTHON -c 'import torch'"
         [[ ${fact[$i,gpus]:-} && ${to[i]:-} ]] || unset "asked[$i]"
     done
     on_hosts host_try $((10 * patience))
@@ -684,7 +687,7 @@ host_packages() {
         host_say fail "has no $PYTHON; make the same Python environment at the same path"
         return 0
     }
-    "$PYTHON" - 2>&1 << 'EOF' || true
+    { "$PYTHON" - 2>&1 << 'EOF' || host_say broke_off $?
 import importlib.metadata, importlib.util, sys
 needed = ("torch", "transformers", "datasets", "huggingface_hub", "tqdm")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -700,6 +703,7 @@ print(f"nccl\t{torch.cuda.nccl.version() if torch.cuda.is_available() else None}
 print(f"cuda\t{torch.version.cuda}\ntransformers\t{importlib.metadata.version('transformers')}")
 print(f"gpus\t{torch.cuda.device_count()}")
 EOF
+    } 2> /dev/null # bash would quote all this if Python crashed
 }
 
 # LOCAL_WORLD_SIZE tells the trainer how many ranks' part of a checkpoint this disk must hold.
@@ -947,7 +951,8 @@ EOF
 
 status() {
     local i ok=0 line known=''
-    [[ $group ]] || { call_hosts "$patience"; on_hosts host_status "$patience"; }
+    [[ $group ]] || call_hosts "$patience"
+    on_hosts host_status "$patience"
     for i in "${asked[@]}"; do [[ ${fact[$i,state]:-none} == none ]] || known=1; done
     [[ $known || ${#complaints[@]} != 0 ]] || no_such_run
     for i in "${asked[@]}"; do

@@ -402,6 +402,15 @@ def test_a_wrong_call_is_refused_with_status_2(house, no_run_appears, args, mess
     assert message in start.stderr
 
 
+def test_a_start_of_a_run_that_ends_at_once_says_so(house):
+    python = house.root / "no-torchrun"
+    python.write_text('#!/bin/sh\n[ "$1" != -m ] || exit 5\nexec "$(dirname "$0")/python" "$@"\n')
+    python.chmod(0o755)
+    start = house.launch("--name", "brief", "--", "--then", "finish", PYTHON=str(python))
+    assert start.returncode == 1 and start.stderr == ""
+    assert "brief on localhost: failed with exit code 5\n" in start.stdout
+
+
 def test_status_and_stop_of_an_unknown_run_fail(house):
     for verb in ("status", "stop"):
         assert "no run named who" in (asked := house.launch(verb, "--name", "who")).stderr
@@ -434,6 +443,15 @@ def test_a_python_without_torch_is_refused_with_the_command_to_install_it(house,
     assert start.returncode == 1
     assert "lacks torch, transformers" in start.stderr
     assert "-m pip install -r requirements.txt" in start.stderr
+
+
+def test_a_python_that_breaks_off_is_told(house, no_run_appears):
+    python = house.root / "broken-python"
+    python.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    python.chmod(0o755)
+    start = house.launch("--name", "x", "--", "--then", "finish", PYTHON=str(python))
+    assert start.returncode == 1
+    assert re.search(r"localhost: \S.*broken-python breaks off with exit code 139", start.stderr)
 
 
 def test_help_is_the_head_of_the_file(house):
