@@ -335,7 +335,8 @@ lose() { # I WHY
     [[ ! $fd ]] || exec {fd}>&-
     unset "to[$1]"
     dropped[$1]="${*:2}"
-    [[ ${fact[$1,failed]:-} ]] || blame "$@"
+    # who has answered and whose time is over while others hang is missed by the next order only
+    [[ ${fact[$1,failed]:-} || $waiting != *" $1 "* ]] || blame "$@"
 }
 
 # blame I TEXT: a complaint about a host; the same one about many hosts is told once.

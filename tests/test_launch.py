@@ -607,6 +607,16 @@ def test_a_host_that_hangs_during_the_start_is_given_up_and_starts_nothing_later
     assert not fleet.alive("half")
 
 
+def test_a_host_that_hangs_does_not_make_the_others_late(fleet):
+    assert fleet.launch("--name", "fine", *MODEL).returncode == 0
+    fleet.login("node-10", "sleep 5\n")
+    fleet.install("timeout", f'exec {shutil.which("timeout")} 1 "${{@:4}}"\n')  # the others' time
+    status = fleet.launch("status", "--name", "fine", SSH_SECONDS="3")
+    assert "fine on node-2: running" in status.stdout
+    assert "fine on node-1: running" in status.stdout
+    assert "launch.sh: node-10: gave no answer in time" in status.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_start_takes_back_what_it_started(fleet, number):
     fleet.delay_start("node-1", 3)
