@@ -283,7 +283,6 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(args)  # on meta: names and shapes, no memory
     if args.check:
         return check_node(args, model, planned_processes())
-
     processes = join_processes()
     if args.eval_only:
         return evaluate(model, args, processes)
@@ -326,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
             meter.write_row(state)  # and stop here if a value is not finite
         if saver.is_due(state.step):
             saver.save(state, heart)
-    meter.write_row(state)
+    meter.finish(state)
     saver.save(state, heart, last=True)
     state.optimizer.join()
     if state.step == steps and args.export_dtype != "none":
@@ -334,7 +333,6 @@ def main(argv: list[str] | None = None) -> None:
         checkpoints.export_model(state, args, folder, processes)
     saver.require(state.step)
     heart.beat("finished", state.step)
-    meter.bar.close()  # ends its line
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
 
@@ -867,6 +865,10 @@ class Meter:
         self.pending.clear()
         self.spans.clear()
         self.row_started = time.perf_counter()  # validation is nobody's step
+
+    def finish(self, state: TrainState) -> None:
+        self.write_row(state)
+        self.bar.close()  # which ends its line
 
 
 @torch.no_grad()
