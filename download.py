@@ -1766,7 +1766,7 @@ def write_sums(folder: Path, small: list[HubFile], weights: list[HubFile]) -> No
 
 
 def replace_text(path: Path, text: str) -> None:
-    if path.is_file() and path.read_text() == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return  # a cache that others share may be read-only
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"

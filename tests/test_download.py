@@ -296,13 +296,13 @@ def test_a_folder_that_cannot_be_read_whole_is_refused(inputs, tmp_path):
     folder = tmp_path / "folder"
     (folder / "locked").mkdir(parents=True)
     write_lines(folder / "a.jsonl", TEXTS)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
     (folder / "locked").chmod(0)
     user = os.geteuid()
     try:
-        if user == 0:
-            os.seteuid(65534)  # root may read everything
+        if user == 0:  # who may read everything
+            for path in (tmp_path, *tmp_path.parents):
+                path.chmod(path.stat().st_mode | 0o055)
+            os.seteuid(65534)
         with pytest.raises(InputError, match=r"folder/locked cannot be read \(Permission denied\)"):
             download.find_files(str(folder))
     finally:
