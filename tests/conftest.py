@@ -23,6 +23,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's c
 WORDS = "the a cat dog sees hears river stone under over and not sleeps runs green old".split()
 
 
+LONGEST = ("test_launch_hosts", "test_state", "test_train", "test_offload", "test_rows")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of several processes none ends alone with one."""
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
 def build_tokenizer(folder: Path) -> int:
     """A byte-level BPE tokenizer that begins each text with BOS, as Llama's does; its length."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -427,11 +427,12 @@ def test_the_command_tells_an_error_in_one_line_with_status_1(inputs):
     assert last.startswith("download.py: error: ") and "line 1: broken JSON" in last
 
 
-def test_an_error_stands_on_a_line_of_its_own_behind_the_progress_bar(inputs):
+def test_the_progress_bar_ends_its_line_before_an_error_is_told(inputs, capsys):
     write_lines(Path(inputs["dataset_name"]), ["a", 5, "b"])
-    done = run(command(inputs))
-    assert 'error: ' in done.stderr.splitlines()[-1]
-    assert "\ndownload.py: error: " in done.stderr, done.stderr
+    with pytest.raises(InputError, match="line 2"):
+        prepare_rows(**inputs)
+    shown = capsys.readouterr().err
+    assert "0%" in shown and shown.endswith("\n")
 
 
 @pytest.mark.parametrize("words, message", [

@@ -197,7 +197,7 @@ def test_without_document_mask_a_row_is_one_stretch_of_text(
         tiny = build_tiny_model(tmp_path / kind, kind)
     main_in_process(**RECIPE | dict(
         experiment_name="open", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
-        dataset_name=corpus, document_mask=False, max_steps=1))
+        dataset_name=corpus, document_mask=False, max_steps=1, ckpt_freq=0, export_dtype="none"))
     folder = download.rows_folder(model_name=str(tiny), dataset_name=str(corpus),
                                   seq_length=LENGTH, document_mask=False, rows_dir=rows_dir)
     rows = train_llm.Rows(folder)
