@@ -565,7 +565,10 @@ def bystander(cluster):
     words = ("--name", "bystander", "--port", "29600", *QUICK, "obey")
     started = cluster.launch("stand-in", *words, HF_TOKEN="hf_s3cret")
     assert started.returncode == 0, started.stderr
-    return cluster.carriers("TRAIN_LLM_RUN_ID=bystander")
+    marker = "TRAIN_LLM_RUN_ID=bystander"
+    wait_for(lambda: all(any(" -u train_llm.py " in c for c in found)  # not still torchrun's fork
+                         for found in cluster.carriers(marker).values()))  # fmt: skip
+    return cluster.carriers(marker)
 
 
 @pytest.mark.drill
