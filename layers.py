@@ -8,16 +8,18 @@ Shapes: B rows, T tokens in a row, C tokens in a chunk, V entries of the vocabul
 import functools
 import inspect
 import re
+import weakref
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    OffloadWrapper,
     checkpoint_wrapper,
-    offload_wrapper,
 )
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -150,6 +152,7 @@ def in_float8(model: nn.Module, recipe: str) -> None:
 def recompute_or_compile(model: nn.Module, layer_classes: tuple, args: Namespace) -> None:
     """Activation checkpointing of each decoder layer, and torch.compile of each, as asked for."""
     how = args.checkpoint_activations
+    copies = HostCopies("cuda" if torch.cuda.is_available() else "cpu")
 
     def wrap(layer: nn.Module) -> nn.Module:
         if how == "offload" and args.compile:
@@ -160,7 +163,7 @@ def recompute_or_compile(model: nn.Module, layer_classes: tuple, args: Namespace
         elif how != "off":
             layer = checkpoint_wrapper(layer)
         if how == "offload":
-            return offload_wrapper(layer)
+            return InputsOnHost(layer, copies)
         if args.compile:
             layer.compile()  # around: the compiler then plans what to recompute
         return layer
@@ -169,6 +172,72 @@ def recompute_or_compile(model: nn.Module, layer_classes: tuple, args: Namespace
         for name, child in list(parent.named_children()):
             if isinstance(child, layer_classes):
                 setattr(parent, name, wrap(child))
+
+
+@dataclass(eq=False)
+class HostCopy:
+    host: torch.Tensor
+    before: Callable  # weak reference to the copy that was put before this one
+    back: torch.Tensor | None = None
+    landed: object = None  # device event: `back` is filled
+
+
+class HostCopies:
+    """Tensors that lie in host memory meanwhile, copied beside the computation.
+
+    They are got back in the reverse order, and each is fetched as soon as the one after it is got.
+    """
+
+    def __init__(self, device: str):
+        self.device, self.api = device, torch.get_device_module(device)
+        self.out, self.back, self.last = self.api.Stream(), self.api.Stream(), lambda: None
+
+    def put(self, tensor: torch.Tensor) -> HostCopy | torch.Tensor:
+        if tensor.device.type != self.device:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self.out.wait_stream(self.api.current_stream())
+        with self.api.stream(self.out):
+            host.copy_(tensor, non_blocking=True)
+        if tensor.is_cuda:
+            tensor.record_stream(self.out)  # keeps its memory until then
+        copy = HostCopy(host, self.last)
+        self.last = weakref.ref(copy)
+        return copy
+
+    def get(self, copy: HostCopy | torch.Tensor) -> torch.Tensor:
+        if isinstance(copy, torch.Tensor):
+            return copy
+        for wanted in (copy, copy.before()):
+            if wanted is not None and wanted.back is None:
+                self.fetch(wanted)
+        self.api.current_stream().wait_event(copy.landed)
+        tensor, copy.back = copy.back, None
+        return tensor
+
+    def fetch(self, copy: HostCopy) -> None:
+        copy.back = torch.empty_like(copy.host, device=self.device)
+        self.back.wait_stream(self.api.current_stream())  # to which this memory belonged
+        self.back.wait_stream(self.out)
+        with self.api.stream(self.back):
+            copy.back.copy_(copy.host, non_blocking=True)
+            copy.landed = self.api.Event()
+            copy.landed.record(self.back)
+
+
+class InputsOnHost(OffloadWrapper):
+    """A layer that is recomputed, whose input waits for its backward pass in host memory.
+
+    PyTorch's OffloadWrapper copies on the stream that computes.
+    """
+
+    def __init__(self, layer: nn.Module, copies: HostCopies):
+        super().__init__(layer)
+        self.copies = copies
+
+    def forward(self, *args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(self.copies.put, self.copies.get):
+            return self._checkpoint_wrapped_module(*args, **kwargs)
 
 
 DEAR = ("::mm", "::addmm", "::_scaled_mm", "attn", "attention")  # parts of operations' names

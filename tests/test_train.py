@@ -257,6 +257,24 @@ def test_the_head_may_ask_the_decoder_for_a_number(tmp_path):
     assert whole(ids, labels, None, None, 1 / 23).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_layer_inputs_come_back_from_host_memory_each_while_the_next_layer_computes(monkeypatch):
+    copies, fetched = train_llm.layers.HostCopies("cpu"), []
+    fetch = copies.fetch
+    monkeypatch.setattr(copies, "fetch", lambda copy: (fetched.append(int(copy.host[0, 0])),
+                                                       fetch(copy)))
+    inputs = [torch.full((3, 2), float(i)) for i in range(3)]
+    kept = [copies.put(tensor) for tensor in inputs]
+    for got, (wanted, sofar) in zip((2, 1, 0), ((2, [2, 1]), (1, [2, 1, 0]), (0, [2, 1, 0])),
+                                    strict=True):
+        assert copies.get(kept[got]).eq(wanted).all() and fetched == sofar
+        assert kept[got].back is None, "what was got is not held a second time"
+    assert copies.get(kept[1]).eq(1).all(), "and may be got again"
+    before = copies.put(inputs[0])
+    after = copies.put(inputs[1])
+    del before  # its graph is gone, and so is its memory
+    assert after.before() is None and copies.get(after).eq(1).all()
+
+
 def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
     seen = [rows_of_step(s, rows=30, global_batch_size=12, seed=5) for s in range(5)]
     assert sorted(np.concatenate(seen).tolist()) == sorted([*range(30)] * 2)

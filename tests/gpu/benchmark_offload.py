@@ -6,7 +6,8 @@ Groups, each one start of the processes, through the script itself:
   numbers  losses of off, on and optimizer, clipping active, 1 and 4 micro steps (--model: real one)
   wide     layers as wide as Llama 3.1 405B's: the update hidden, exposed, and left out, in one run
   kept     the same, where the state of the first layer stays on the GPUs (--gpu-optimizer-gib), on
-           one long row a GPU (--row), so that the forward pass takes as long as the CPU step
+           one long row a GPU (--row), all of it one document, so that the forward pass of a layer
+           takes as long as the CPU's step of it; layer inputs wait in host memory
   deep     the same with more and narrower layers, as wide as 70B's
   memory   peak GPU and host memory a parameter, three modes at two sizes
   killed   a rank killed in the middle of an overlapped step, and the run resumed
@@ -20,6 +21,7 @@ import gzip
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -44,7 +46,9 @@ import train_llm
 
 GPUS = torch.cuda.device_count() or 2
 MODES = ["off", "on", "optimizer"] if torch.cuda.is_available() else ["off", "optimizer"]
-PHASES = ["warm-up"] * 2 + ["hidden"] * 3 + ["exposed"] * 3 + ["left out"] * 3 + ["traced"] * 2
+PHASES = (["warm-up"] * 2 + ["hidden"] * 3 + ["exposed"] * 3 + ["left out"] * 3
+          + ["hidden, not clipped"] * 3 + ["traced"] * 2)
+UNCLIPPED = ("hidden, not clipped", "traced")
 
 
 # --- In the processes -------------------------------------------------------------------------
@@ -53,7 +57,8 @@ PHASES = ["warm-up"] * 2 + ["hidden"] * 3 + ["exposed"] * 3 + ["left out"] * 3 +
 class Watch:
     """Around HostAdamW: times each unit's step, and makes the update of each step as its phase is.
 
-    An update is hidden (as it is), exposed (waited for at once) or left out (weights stay).
+    An update is hidden (as it is), exposed (waited for at once) or left out (weights stay). Where
+    nothing is clipped, AdamW does not write gradients back, and moves 28 bytes instead of 32.
     """
 
     def __init__(self, job: dict):
@@ -68,6 +73,8 @@ class Watch:
         step, self.submitted = self.submitted, self.submitted + 1
         if self.trace and dist.get_rank() == 0:
             self.profile(step)
+        if self.phase(step) in UNCLIPPED:
+            optimizer.max_norm = math.inf
         STEP(optimizer)
         if self.phase(step) == "exposed":
             optimizer.join()
@@ -334,10 +341,10 @@ class Bench:
                    for phase, chosen in steps.items() if chosen}
         count = sum(unit[4] for rank in found[group] for unit in rank["units"]
                     if unit[0] == steps["hidden"][-1])  # parameters that the CPUs step
-        for phase in ("hidden", "exposed", "left out"):
+        for phase in ("hidden", "hidden, not clipped", "exposed", "left out"):
             cpu = [own[i] for i in steps[phase] if i in own]
             cpu = statistics.median(cpu) if cpu else None
-            clipped = all(rows[i]["grad_norm"] > 1 for i in steps[phase])
+            clipped = phase not in UNCLIPPED and all(rows[i]["grad_norm"] > 1 for i in steps[phase])
             waited = seconds[phase] - seconds["left out"]
             table.append({
                 "update": phase, "s a step": seconds[phase], "CPU step s": cpu,
@@ -429,7 +436,7 @@ def main() -> None:
     parser.add_argument("--micro-steps", type=lambda text: [int(n) for n in text.split(",")],
                         default=[1, 4], help="of `numbers`")
     parser.add_argument("--tokens", type=int, default=256, help="in a row of `numbers`")
-    parser.add_argument("--row", type=int, default=57344, help="tokens in a row of `kept`")
+    parser.add_argument("--row", type=int, default=47104, help="tokens in a row of `kept`")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     args = parser.parse_args()
@@ -437,6 +444,7 @@ def main() -> None:
         return worker(args.worker)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
     args.steps = args.steps or (8 if args.quick else 40 if args.small else 200)
     bench = Bench(args)
     wide = dict(hidden=16384, mlp=53248, layers=3, heads=128, batch=8, tokens=4096,
@@ -450,9 +458,10 @@ def main() -> None:
         wide = deep = dict(hidden=256, mlp=512, layers=2, heads=4, batch=2, tokens=128,
                            elements=1 << 22)
     # The root, the embedding and the first layer stay on the GPUs.
-    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=1, tokens=args.row, compile=True)
+    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=1, tokens=args.row, compile=True,
+                document_mask=False, checkpoint_activations="offload")
     if args.quick:
-        kept = dict(gpu_optimizer_gib=0.02, compile=True)
+        kept |= dict(gpu_optimizer_gib=0.02, batch=2, tokens=128)
     groups = {"numbers": bench.numbers, "wide": lambda: bench.hidden("wide", **wide),
               "kept": lambda: bench.hidden("kept", **wide | kept),
               "deep": lambda: bench.hidden("deep", **deep), "memory": bench.memory,
