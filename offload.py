@@ -33,6 +33,9 @@ from download import InputError
 log = logging.getLogger("train_llm")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Elements that the host steps and sends up at a time, 256 MiB: a unit is ready when its last piece
+# is up. Of 405B on two H200, the last whole parameter took 90 ms on its way, and the layer waited.
+PIECE = 2**26
 
 # --- 1. AdamW where FSDP keeps the shards -------------------------------------------------------
 # On the GPU, or with --cpu-offload on in host memory: FSDP's own CPUOffload, for when not even
@@ -148,7 +151,7 @@ def offload_gradients(model: FSDP, *, add_up: bool) -> None:
 #                   micro steps they come up first, are added to on the GPU in float32, and go down
 #   norm            taken of each sum while it is on the GPU; one all-reduce makes the exact norm
 #   step            a worker thread steps unit by unit, in the order of the next forward pass,
-#                   clipping folded in, and sends each parameter up as soon as it is stepped
+#                   clipping folded in, and sends each piece up as soon as it is stepped
 #   forward pass    before a unit is gathered, the host waits until that unit's weights are there
 #
 # Nothing is stale: every pass sees the weights that it would have seen without offload. Cost: the
@@ -163,9 +166,9 @@ class Unit:
 
     weights: torch.Tensor  # (n,) on the device, what FSDP gathers
     slab: torch.Tensor  # (4, n) float32: weights, first and second moment, gradient
-    parts: list[slice]  # where each parameter lies in n
-    adamws: list[torch.optim.AdamW]  # one for each of those, stepped and sent up by itself
-    norms: list[torch.Tensor] = field(default_factory=list)  # of each part's gradient, on device
+    pieces: list[slice]  # of n, each of one parameter, which are stepped and sent up one by one
+    adamws: list[torch.optim.AdamW]  # one for each of those
+    norms: list[torch.Tensor] = field(default_factory=list)  # of each piece's gradient, on device
     landed: object = None  # device event: the gradient is in the slab
     ready: Future | None = None  # stepped; results in the device event after which weights are up
 
@@ -232,18 +235,19 @@ class HostAdamW:
         model.register_comm_hook(None, self.take_gradient)
         model.register_forward_pre_hook(lambda *_: self.zero_grad())
         for slab, (fsdp, shard, places) in zip(slabs, checkpoints.own_units(model), strict=True):
-            parts = [slice(place, place + p.numel()) for _, p, place, _ in places]
-            adamws = []
-            for part, (name, _, _, start) in zip(parts, places, strict=True):
-                whole = math.prod(model.shapes[name])
-                master, *moments, gradient = (row[part] for row in slab)
-                master.grad = gradient
-                for kind, row in zip(("model", *MOMENTS), (master, *moments), strict=True):
-                    self.slices[f"{kind}.{name}"] = checkpoints.Slice(row, start, whole)
-                adamws.append(build_adamw([(name, master)]))
-                adamws[-1].state[master] = {"step": torch.zeros((), device=slab.device),
-                                            **dict(zip(MOMENTS, moments, strict=True))}
-            unit = Unit(shard, slab, parts, adamws)
+            unit = Unit(shard, slab, [], [])
+            for name, parameter, place, start in places:
+                whole, own = math.prod(model.shapes[name]), slice(place, place + parameter.numel())
+                for kind, row in zip(("model", *MOMENTS), slab[:3], strict=True):
+                    self.slices[f"{kind}.{name}"] = checkpoints.Slice(row[own], start, whole)
+                for piece in pieces_of(parameter, place):
+                    master, *moments, gradient = (row[piece] for row in slab)
+                    master.grad = gradient
+                    unit.pieces.append(piece)
+                    unit.adamws.append(build_adamw([(name, master)]))
+                    unit.adamws[-1].state[master] = {
+                        "step": torch.zeros((), device=slab.device),
+                        **dict(zip(MOMENTS, moments, strict=True))}
             self.units.append(unit)
             # register_comm_hook takes one state for all units; a hook that is to know its unit
             # needs a state for each: `_comm_hook_state` (torch 2.11, 2.13).
@@ -271,7 +275,7 @@ class HostAdamW:
             reductions.wait_stream(self.up)
             total += before
             used_on(reductions, before)
-        unit.norms = [torch.linalg.vector_norm(total[part]) for part in unit.parts]
+        unit.norms = [torch.linalg.vector_norm(total[piece]) for piece in unit.pieces]
         self.down.wait_stream(reductions)
         with self.api.stream(self.down):
             unit.slab[3].copy_(total, non_blocking=True)
@@ -313,25 +317,25 @@ class HostAdamW:
         scale = scale.result()
         with self.api.stream(self.up):  # where the slab is on the device
             divisor = None if scale in (None, 1) else torch.tensor(scale, device=unit.slab.device)
-            for part, adamw in zip(unit.parts, unit.adamws, strict=True):
+            for piece, adamw in zip(unit.pieces, unit.adamws, strict=True):
                 if scale is not None and has_gradient:
                     adamw.param_groups[0]["lr"] = lr
                     adamw.grad_scale = divisor
                     adamw.step()
-                self.send_up(unit, part)
+                self.send_up(unit, piece)
         return self.sent()
 
     def compare_sample(self) -> torch.Tensor:
         with self.api.stream(self.up):
             return self.sample.compare()
 
-    def send_up(self, unit: Unit, part: slice) -> None:
+    def send_up(self, unit: Unit, piece: slice) -> None:
         with self.api.stream(self.up):
-            master = unit.slab[0, part].to(self.device, non_blocking=True)
+            master = unit.slab[0, piece].to(self.device, non_blocking=True)
         self.rounding.wait_stream(self.up)
         with self.api.stream(self.rounding):
             # The GPU rounds: a copy that changes the type on its way would do that on the host.
-            unit.weights[part].copy_(master)
+            unit.weights[piece].copy_(master)
         used_on(self.rounding, master)
 
     def sent(self) -> object:
@@ -370,11 +374,17 @@ class HostAdamW:
         for name, part in self.state_dict().items():
             part.tensor.copy_(slices[name].tensor)
         for unit in self.units:
-            for part, adamw in zip(unit.parts, unit.adamws, strict=True):
+            for piece, adamw in zip(unit.pieces, unit.adamws, strict=True):
                 for moments in adamw.state.values():
                     moments["step"].fill_(step)
-                self.send_up(unit, part)
+                self.send_up(unit, piece)
         self.sent().synchronize()
+
+
+def pieces_of(parameter: torch.Tensor, place: int) -> list[slice]:
+    """Where the pieces of this part of a parameter, which begins at `place`, lie in its unit."""
+    end = place + parameter.numel()
+    return [slice(start, min(start + PIECE, end)) for start in range(place, end, PIECE)]
 
 
 def used_on(stream: torch.Stream, tensor: torch.Tensor) -> None:
@@ -454,14 +464,14 @@ def numbers(ranges: str) -> set[int]:
 
 
 def touch(slabs: list[torch.Tensor], places: list[list[tuple]]) -> None:
-    """Zero each parameter's part of each row of each slab by itself, `places` as in own_units.
+    """Zero each piece of each row of each slab by itself, `places` as in checkpoints.own_units.
 
     A page comes to lie near the core that touches it first. So this runs in the thread that will
-    step, whose helpers share a parameter out then as they do here.
+    step, whose helpers share a piece out then as they do here.
     """
     for slab, of_unit in zip(slabs, places, strict=True):
-        ends = {place + p.numel() for _, p, place, _ in of_unit}
-        cuts = sorted({0, slab.shape[1], *ends, *(place for _, _, place, _ in of_unit)})
+        pieces = [piece for _, p, place, _ in of_unit for piece in pieces_of(p, place)]
+        cuts = sorted({0, slab.shape[1], *(end for p in pieces for end in (p.start, p.stop))})
         for start, end in itertools.pairwise(cuts):
             for row in slab[:, start:end]:
                 row.zero_()
