@@ -68,6 +68,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def path_of(name: str | Path) -> Path:
+    """~ is a home folder; that of nobody stays as it is written, and is then not found."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111, Path's own raises for nobody's
+
+
 # --- 1. Options and the story -----------------------------------------------------------------
 # Three jobs: a model and rows, or the demo. An option that the job at hand would ignore is refused.
 # The options that shape rows are told once, here, for train_llm.py too.
@@ -332,13 +337,13 @@ def rows_folder(**inputs) -> Path:
         stats = [(path, path.stat()) for path in paths]
         key["data"] = [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns)
                        for path, stat in stats]
-        stem = Path(name).expanduser().resolve().name.split(".")[0]
+        stem = path_of(name).resolve().name.split(".")[0]
     else:
         key["data"] = name
         stem = name.replace("/", "--")
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:80] or "rows"
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(rows_dir).expanduser() / f"{stem}-{asked.seq_length}-{digest}"
+    return path_of(rows_dir) / f"{stem}-{asked.seq_length}-{digest}"
 
 
 def file_sha256(path: Path) -> str:
@@ -352,7 +357,7 @@ def glob_all(folder: Path, patterns: list[str]) -> list[Path]:
 
 def is_local(name: str) -> bool:
     """Whether a name means a path here: it exists, or is written as only a path would be."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     return (path.exists() or name.startswith((".", "/", "~")) or name.endswith("/")
             or name.count("/") > 1 or reader_of(path) is not None)
 
@@ -360,7 +365,7 @@ def is_local(name: str) -> bool:
 def find_model(name: str) -> Path:
     """The folder that holds a model's tokenizer; fetched if `name` is on the hub and not here."""
     if is_local(name):
-        folder = Path(name).expanduser()
+        folder = path_of(name)
         if not folder.is_dir():
             raise InputError(f"model folder {name} does not exist; give the folder of a model, or"
                              " the name of one on the hub")
@@ -390,7 +395,7 @@ def check_weights(name: str) -> None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     if is_local(name):
-        folder = Path(name).expanduser()
+        folder = path_of(name)
     elif constants.HF_HUB_OFFLINE:
         folder = Path(str(try_to_load_from_cache(name, "config.json"))).parent
     else:
@@ -558,7 +563,7 @@ def load_hub_dataset(name: str, subset: str | None, split: str):
 
 def find_files(name: str) -> tuple[Path, list[Path]]:
     """The folder that a local dataset's file names are relative to, and its files in order."""
-    root = Path(name).expanduser()
+    root = path_of(name)
     kinds = f"{', '.join(READERS)} (or these with .gz)"
     if not root.exists():
         raise InputError(f"dataset {name} does not exist; give a file or folder of {kinds},"

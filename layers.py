@@ -54,7 +54,9 @@ def suits_varlen(config) -> bool:
     """
     text, width = config.get_text_config(), head_width(config.get_text_config())
     dropout = getattr(text, "attention_dropout", 0) or getattr(text, "attn_pdrop", 0)
-    other = dropout or getattr(text, "v_head_dim", None)  # DeepSeek's values are narrower than keys
+    # It has no cap for logits (Gemma 2), and DeepSeek's values are narrower than its keys.
+    other = dropout or any(getattr(text, name, None) for name in (
+        "attn_logit_softcapping", "v_head_dim"))
     return bool(width and width % 8 == 0 and width <= 256 and not other
                 and declares(config, "_supports_sdpa") and declares(config, "_supports_flash_attn"))
 

@@ -53,6 +53,7 @@ from torch.distributed.fsdp import CPUOffload, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoints
@@ -978,7 +979,8 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     log.disabled = int(os.environ.get("RANK", 0)) > 0
     try:
-        main()
+        with logging_redirect_tqdm():  # lines of the log do not stand behind the progress bar
+            main()
     except BaseException as error:
         if Heart.newest:
             Heart.newest.beat("failed", Heart.newest.step)

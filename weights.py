@@ -37,7 +37,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from checkpoints import DTYPES as CODES
 from checkpoints import clean, own_slices
-from download import InputError, first_line, is_local
+from download import InputError, first_line, is_local, path_of
 from ranks import Processes
 
 log = logging.getLogger("train_llm")
@@ -89,7 +89,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 def find_folder(model_name: str) -> Path | None:
     """Where this node keeps the model's files: a folder, or a snapshot in the hub's cache."""
     if is_local(model_name):
-        return Path(model_name).expanduser()
+        return path_of(model_name)
     config = try_to_load_from_cache(model_name, "config.json")
     return Path(config).parent if isinstance(config, str) else None
 
