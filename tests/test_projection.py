@@ -1,6 +1,9 @@
 """tests/gpu/projection.py and what_fits.py: their arithmetic, on slices made up so that the answer
-is known."""
+is known; one_rank.py: its stand-ins for the other ranks, in the script itself."""
 
+import json
+import math
+import subprocess
 import sys
 
 import pytest
@@ -83,3 +86,16 @@ def test_the_fastest_mode_that_fits_is_told(name, gpus, memory, words):
     found = what_fits.best(projection.LLAMA[name], gpus, memory, modes=projection.MODES,
                            working=50e9, tokens=4096)
     assert found == words
+
+
+def test_one_rank_of_sixteen_trains_with_nobody_else_there():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/gpu/one_rank.py", "--quick", "--ranks", "16",
+         "--layers", "2", "--tokens", "32", "--steps", "3"],
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ranks"] == 16 and found["host_peak_gib"] > 0
+    # The others send what this one does: a sixteenth of the loss of each rank, sixteen times.
+    assert len(found["losses"]) == 3
+    assert all(math.log(512) / 3 < loss < math.log(512) * 3 for loss in found["losses"])

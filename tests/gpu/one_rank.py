@@ -127,6 +127,9 @@ def main() -> None:
         status = Path("/proc/self/status").read_text().splitlines()
         host = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
+        if torch.cuda.is_available():  # with what CUDA takes itself; what was reserved still is
+            free, whole = torch.cuda.mem_get_info()
+            found |= {"device_used_gib": (whole - free) / 2**30, "device_gib": whole / 2**30}
         found |= {"alloc_retries": rows[-1].get("alloc_retries"), "host_peak_gib": host,
                   "seconds": seconds, "device": device, "torch": torch.__version__,
                   "ranks": args.ranks, "layers": args.layers, "tokens": args.tokens,
