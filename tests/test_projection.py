@@ -96,6 +96,6 @@ def test_one_rank_of_sixteen_trains_with_nobody_else_there():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["ranks"] == 16 and found["host_peak_gib"] > 0
-    # The others send what this one does: a sixteenth of the loss of each rank, sixteen times.
+    # Counted sixteen times: each rank's loss is a sixteenth of the whole.
     assert len(found["losses"]) == 3
     assert all(math.log(512) / 3 < loss < math.log(512) * 3 for loss in found["losses"])

@@ -3,10 +3,10 @@
     python tests/gpu/one_rank.py [--ranks 64] [--layers 126] [--tokens 4096] [--steps 4]
                                  [--width 405b] [--quick] [-- OPTIONS OF train_llm.py]
 
-This process is rank 0. The other ranks are stand-ins that hold and send what it does: a gather
-gives its own part again and again, a sum is its own part times their number, and both take only as
-long as the GPU needs to write them. So whatever FSDP, AdamW and the host do for a rank is done, in
-memory of its true size; what is missing is the time on the wires. Weights are random.
+This process is rank 0. The other ranks are stand-ins: a gather gives its own part again and again,
+gradients of others are zero, and both take only as long as the GPU needs to write them. So whatever
+FSDP, AdamW and the host do for a rank is done, in memory of its true size; what is missing is the
+time on the wires. Weights are random.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def stand_in(world_size: int) -> None:
         torch.mul(given[: output.numel()], dist.get_world_size(group), out=output)
 
     def swap(swaps: list[dist.P2POp]) -> list:
-        sent = [one.tensor for one in swaps if one.op is dist.isend]
-        for one, other in zip((one for one in swaps if one.op is dist.irecv), sent, strict=True):
-            one.tensor.copy_(other)
+        for one in swaps:
+            if one.op is dist.irecv:
+                one.tensor.zero_()
         return []
 
     def gather_objects(objects: list, own, group=None) -> None:
