@@ -187,7 +187,8 @@ class HostCopy:
 class HostCopies:
     """Tensors that lie in host memory meanwhile, copied beside the computation.
 
-    They are got back in the reverse order, and each is fetched as soon as the one after it is got.
+    They are got back in the reverse order, those of one layer in any, and each time one is got, the
+    last that was not fetched yet is fetched: so a layer's come while the layer behind it computes.
     """
 
     def __init__(self, device: str):
@@ -210,9 +211,13 @@ class HostCopies:
     def get(self, copy: HostCopy | torch.Tensor) -> torch.Tensor:
         if isinstance(copy, torch.Tensor):
             return copy
-        for wanted in (copy, copy.before()):
-            if wanted is not None and wanted.back is None:
-                self.fetch(wanted)
+        if copy.back is None:
+            self.fetch(copy)
+        before = copy.before()
+        while before is not None and before.landed is not None:  # some layers have several inputs
+            before = before.before()
+        if before is not None:
+            self.fetch(before)
         self.api.current_stream().wait_event(copy.landed)
         tensor, copy.back = copy.back, None
         return tensor

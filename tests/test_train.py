@@ -276,6 +276,18 @@ def test_layer_inputs_come_back_from_host_memory_each_while_the_next_layer_compu
     assert after.before() is None and copies.get(after).eq(1).all()
 
 
+def test_layers_of_several_inputs_have_each_fetched_once_and_before_its_time(monkeypatch):
+    copies, fetched = train_llm.layers.HostCopies("cpu"), []
+    fetch = copies.fetch
+    monkeypatch.setattr(copies, "fetch", lambda copy: (fetched.append(int(copy.host)),
+                                                       fetch(copy)))
+    kept = [copies.put(torch.tensor(i)) for i in range(6)]
+    for i in (4, 5, 2, 3, 0, 1):  # three layers of two, of each of which the first comes first
+        assert copies.get(kept[i]) == i
+    assert fetched == [4, 3, 5, 2, 1, 0], "those of a layer while the layer behind it computes"
+    assert all(copy.back is None for copy in kept), "a copy that nobody waits for is still written"
+
+
 def test_each_epoch_sees_every_row_once_and_ranks_share_them_out():
     seen = [rows_of_step(s, rows=30, global_batch_size=12, seed=5) for s in range(5)]
     assert sorted(np.concatenate(seen).tolist()) == sorted([*range(30)] * 2)
