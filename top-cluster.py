@@ -1332,9 +1332,8 @@ def step_cell(ranks):
     if not ranks:
         return "-"
     worst = min(ranks, key=lambda rank: (rank.phase != "failed", rank.step))
-    state = worst.process or worst.phase
-    bad = "red" if worst.process or worst.phase == "failed" else ""
-    return f"{state} {worst.step:,}", bad
+    state = worst.phase if worst.phase == "finished" else worst.process or worst.phase
+    return f"{state} {worst.step:,}", "" if state == worst.phase != "failed" else "red"
 
 
 def gpu_notes(gpu):
@@ -1478,7 +1477,8 @@ class View:
 
     def training_lines(self, training, width):
         row = training.rows[-1] if training.rows else Row(*[None] * len(ROW_KEYS))
-        phase = "ended: no process is left" if training.ended else training.phase
+        ended = training.ended and any(r.phase != "finished" for r in training.ranks.values())
+        phase = "ended: no process is left" if ended else training.phase
         counts = show(training.step, "{:,}") + (f"/{training.steps:,}" if training.steps else "")
         behind = training.ranks and max(r.step for r in training.ranks.values()) - training.step
         losses = [number(r.loss) for r in training.rows]
@@ -1486,7 +1486,7 @@ class View:
         speed = show(speed, "{:,.0f}") if (speed or 0) < 1e6 else scaled(speed)
         return [fit([
             (1, training.experiment, "bold"),
-            (2, phase, "red" if training.phase == "failed" or training.ended else "green"),
+            (2, phase, "red" if training.phase == "failed" or ended else "green"),
             (0, f"step {counts}" + (f" (ranks differ by {behind})" if behind else ""), ""),
             (0, f"loss {show(number(row.loss), '{:.4f}')}", ""),
             (3, sparkline(losses[-120:], 20 if width < 110 else 40, self.bars), "cyan"),

@@ -662,6 +662,18 @@ def test_ordinary_work_raises_no_alarm(changes):
     assert keep_up(cluster, 2000.0, 31, **changes) == {}
 
 
+@pytest.mark.parametrize(("phase", "words", "cell"), [
+    ("training", "ended: no process is left", "gone 41"), ("finished", "finished", "finished 41")])
+def test_a_run_that_finished_is_not_told_as_one_that_is_gone(phase, words, cell):
+    cluster, view, _ = build(1)
+    report = ranks_report(ages=(500.0,) * 3, rows=ROWS, phases=(phase,) * 3,
+                          processes=("gone",) * 3)
+    keep_up(cluster, 2000.0, 2, training=report)
+    shown = "\n".join("".join(text for text, _ in line) for line in view.lines(2002.0, 160, 20))
+    assert f"run  {words}  step" in shown and cell in shown, shown
+    assert "end unknown" in shown
+
+
 def test_a_hang_names_whoever_is_stopped_gone_or_behind():
     def hang(**changes):
         cluster = build(1)[0]
