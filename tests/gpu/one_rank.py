@@ -4,9 +4,10 @@
                                  [--width 405b] [--quick] [-- OPTIONS OF train_llm.py]
 
 This process is rank 0. The other ranks are stand-ins: a gather gives its own part again and again,
-gradients of others are zero, and both take only as long as the GPU needs to write them. So whatever
-FSDP, AdamW and the host do for a rank is done, in memory of its true size; what is missing is the
-time on the wires. Weights are random.
+gradients of others in its node are zero, every other node has the same sum as its own, and all of
+that takes only as long as the GPU needs to write it. So whatever FSDP, AdamW and the host do for a
+rank is done, in memory of its true size; what is missing is the time on the wires. Weights are
+random.
 """
 
 import argparse
