@@ -7,6 +7,7 @@ which is patient, and through which a failure travels too. Without torchrun ther
 
 import functools
 import os
+import signal
 import sys
 import time
 import uuid
@@ -113,6 +114,7 @@ def while_others_wait(work: Callable, key: str, *, alone: bool, store: dist.Stor
             raise
         store.set(key, "done")
     else:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits until the store answers
         store.wait([key], timedelta(days=30))
         if store.get(key) != b"done":
             time.sleep(10)  # long enough for the one that failed to speak and be seen to fail
