@@ -11,6 +11,7 @@ block has its checksum, too.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -464,6 +465,17 @@ def options_begun_with(folder: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is damaged ({first_line(error)}); restore it, or move it away"
                          " to resume whatever the options are") from None
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Add a row to a file of them, whole or, with an OSError, not at all: to half a row, which a
+    full disk makes, the next one would be joined."""
+    text = (json.dumps(row) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(text) < len(text):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def keep_rows(path: Path, *, until: int) -> None:

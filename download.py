@@ -53,6 +53,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 FORMAT = 2  # of the rows; part of every key, so that rows of another format are never misread
 STARTS, TARGET = 1, 2  # bits of a mark
@@ -62,6 +63,18 @@ WINDOW_TOKENS = 1 << 24  # of prompts and conversations packed at once; costs ab
 
 class InputError(ValueError):
     """What was found, what was needed and what to do, in one line."""
+
+
+class LossyStream(ObjectWrapper):
+    """A stream whose lines are lost while its disk is full: that must not end what writes them."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._wrapped.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._wrapped.flush()
 
 
 def first_line(error: Exception) -> str:
@@ -270,7 +283,15 @@ def prepare_apart(**inputs) -> None:
         if name != "held_out" and value is not None:  # the command makes both parts
             flag = option if value else option.replace("--", "--no-", 1)
             words += [flag] if isinstance(value, bool) else [option, str(value)]
-    if not rows_folder(**inputs).exists() and subprocess.run(words, stdout=sys.stderr).returncode:
+    if rows_folder(**inputs).exists():
+        return
+    status = subprocess.run(words, stdout=sys.stderr).returncode
+    if status < 0:
+        print(file=sys.stderr)  # ends the line of its progress bar
+        raise InputError(f"the rows could not be prepared: signal {-status} ended download.py"
+                         f"{', as it does when memory is short' if status == -9 else ''}; the same"
+                         " command makes them anew")
+    if status:
         raise InputError("the rows could not be prepared: see download.py's message above")
 
 
@@ -1771,12 +1792,18 @@ def write_sums(folder: Path, small: list[HubFile], weights: list[HubFile]) -> No
 
 
 def replace_text(path: Path, text: str) -> None:
+    """Raises InputError if the file cannot be written; it is then as it was."""
     if path.is_file() and path.read_bytes() == text.encode():
         return  # a cache that others share may be read-only
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    temporary.write_text(text)
-    temporary.rename(path)
+    try:
+        temporary.write_text(text)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} could not be written ({error}); make room there, or choose"
+                         " another place, and give the command again") from error
 
 
 def known_sum(path: Path, sums: dict[str, str]) -> str | None:
@@ -1812,4 +1839,5 @@ def verify_folder(folder: Path, *, skip_model: bool = False,
 
 
 if __name__ == "__main__":
+    sys.stderr = LossyStream(sys.stderr)
     sys.exit(main())

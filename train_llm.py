@@ -858,8 +858,7 @@ class Meter:
             self.alloc_retries = row["alloc_retries"]
         if self.processes.rank == 0:
             try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                checkpoints.append_row(self.path, row)
             except OSError as error:
                 log.error("row %d of %s was not written (%s)", state.step, self.path, error)
             self.bar.set_postfix_str(
@@ -976,6 +975,7 @@ def versions(processes: Processes) -> dict:
 
 
 if __name__ == "__main__":
+    sys.stderr = download.LossyStream(sys.stderr)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     log.disabled = int(os.environ.get("RANK", 0)) > 0
     try:

@@ -230,6 +230,16 @@ def test_a_full_disk_is_told_and_leaves_nothing(inputs):
     assert left_in(inputs["rows_dir"]) == []
 
 
+def test_a_signal_that_ended_the_making_of_rows_is_named(inputs, tmp_path, monkeypatch):
+    """As the system does when memory is short, without a word of download.py's own."""
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(InputError, match="signal 9 ended download.py, as it does when memory is"):
+        download.prepare_apart(**inputs)
+
+
 def test_rows_folder_without_meta_is_refused_before_any_work(inputs):
     folder = rows_folder(**inputs)
     folder.mkdir(parents=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoints
 import train_llm
-from ranks import fresh_store
+from ranks import fresh_store, while_others_wait
 
 RECIPE = dict(seq_length=32, global_batch_size=12, batch_size=2, max_steps=15, num_epochs=2,
               lr=3e-3, warmup_steps=3, log_freq=1, checkpoint_activations="on", ckpt_freq=3)
@@ -337,6 +338,23 @@ def test_a_run_resumes_without_its_record_and_after_half_a_row(straight):
         in_process(straight, "record")
 
 
+def test_a_row_that_a_full_disk_cuts_is_not_there_and_harms_no_other(tmp_path):
+    """A limit on the size of files stands for the disk's end."""
+    path, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints.append_row(path, {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.append_row(path, {"step": 2})
+        with pytest.raises(train_llm.InputError, match=r"metrics.jsonl could not be written.*room"):
+            checkpoints.write_json(path, {"long": 40 * "x"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints.append_row(path, {"step": 3})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def flip_a_bit(file: Path, place: int | None = None) -> None:
     content = bytearray(file.read_bytes())
     content[place or len(content) // 2] ^= 1
@@ -504,6 +522,25 @@ def test_ranks_that_start_again_read_nothing_of_the_start_before():
                 jobs.append(pool.submit(join, rank, start))
                 time.sleep(0.05)
             assert [job.result() for job in jobs] == 3 * [str(start)]
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_another_at_once():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if not (waiting := os.fork()):
+        try:
+            store = dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+            store.set("begun", "")
+            while_others_wait(print, "never", alone=False, store=store)
+        finally:
+            os._exit(1)
+    try:
+        server.wait(["begun"], timedelta(seconds=20))
+        time.sleep(0.5)
+        os.kill(waiting, signal.SIGINT)
+        wait_for(lambda: os.waitpid(waiting, os.WNOHANG)[0], 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(waiting, signal.SIGKILL)
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):

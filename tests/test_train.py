@@ -380,6 +380,18 @@ def test_a_disk_that_fails_ends_neither_heartbeats_nor_the_look_for_a_stop_reque
         torch.distributed.destroy_process_group()
 
 
+def test_a_full_disk_of_logs_does_not_end_the_run(tmp_path, tiny, corpus, rows_dir):
+    download.prepare_rows(model_name=str(tiny), dataset_name=str(corpus), seq_length=LENGTH,
+                          rows_dir=rows_dir)
+    words = options_of(experiment_name="deaf", save_dir=tmp_path, rows_dir=rows_dir,
+                       model_name=tiny, dataset_name=corpus, export_dtype="none",
+                       **RECIPE | {"max_steps": 3})
+    done = run(["bash", "-c", 'exec "$@" 2> /dev/full', "-", sys.executable, "train_llm.py",
+                *words])
+    assert done.returncode == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "deaf")] == [1, 2, 3]
+
+
 def test_weight_decay_leaves_vectors_alone_even_those_that_experts_stack(
     tmp_path, corpus, rows_dir
 ):
