@@ -114,8 +114,10 @@ def while_others_wait(work: Callable, key: str, *, alone: bool, store: dist.Stor
             raise
         store.set(key, "done")
     else:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits until the store answers
+        # Python's own handler would wait until the store answers.
+        heed = signal.signal(signal.SIGINT, signal.SIG_DFL)
         store.wait([key], timedelta(days=30))
+        signal.signal(signal.SIGINT, heed)
         if store.get(key) != b"done":
             time.sleep(10)  # long enough for the one that failed to speak and be seen to fail
             sys.exit(1)
