@@ -249,6 +249,7 @@ def check_effects(args: argparse.Namespace) -> None:
         ("--no-limit-all-gathers", not args.limit_all_gathers, on_gpu, "without a GPU"),
         ("--async-checkpoint on", args.async_checkpoint == "on", args.ckpt_freq,
          "with --ckpt-freq 0"),
+        ("--keep-checkpoints", args.keep_checkpoints != 2, args.ckpt_freq, "with --ckpt-freq 0"),
     ):
         if given and not has_effect:
             raise OptionError(f"{option} has no effect {where}; leave it out")

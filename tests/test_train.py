@@ -422,6 +422,7 @@ OPTION_ERRORS = {
     "abbreviated": (dict(max_step=3), ["--max-step"]),
     "no effect on CPU": (dict(reduce_dtype="bfloat16"), ["no effect without a GPU"]),
     "nothing to write": (dict(async_checkpoint="on", ckpt_freq=0), ["no effect with --ckpt-freq"]),
+    "nothing to keep": (dict(keep_checkpoints=3, ckpt_freq=0), ["no effect with --ckpt-freq"]),
     "large seed": (dict(seed=2**32), ["--seed", "less than 2**32"]),
     "more than all": (dict(val_fraction=1.5), ["--val-fraction 1.5", "below 1"]),
     "name with a slash": (dict(experiment_name="a/b"), ["a/b", "plain folder name"]),
