@@ -13,8 +13,9 @@ import offload
 import train_llm
 
 RECIPE = dict(seq_length=32, global_batch_size=16, max_steps=6, lr=3e-3, warmup_steps=3, log_freq=1,
-              checkpoint_activations="on", keep_checkpoints=9, export_dtype="none")
-EXPORTED = dict(ckpt_freq=3, export_dtype="float32")
+              checkpoint_activations="on", export_dtype="none")
+SAVED = dict(ckpt_freq=3, keep_checkpoints=9)
+EXPORTED = SAVED | dict(export_dtype="float32")
 
 
 def on_two_ranks(jobs: list[dict], folder: Path):
@@ -46,7 +47,7 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     jobs = [
         job("off", cpu_offload="off", batch_size=8),
         job("optimizer", batch_size=8),
-        job("off-accumulated", cpu_offload="off", ckpt_freq=3),
+        job("off-accumulated", cpu_offload="off", **SAVED),
         job("accumulated", **EXPORTED),
         job("kept", gpu_optimizer_gib=3e-4, **EXPORTED),
         job("late", {"seconds": 0.02}, async_checkpoint="on", **EXPORTED),
