@@ -27,6 +27,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTra
 from transformers.utils import is_flash_attn_2_available
 
 from download import InputError
+from offload import used_on
 
 # --- 1. Attention -----------------------------------------------------------------------------
 # A row holds several documents that must not see each other. Kernels for fixed lengths need a mask
@@ -154,7 +155,8 @@ def in_float8(model: nn.Module, recipe: str) -> None:
 def recompute_or_compile(model: nn.Module, layer_classes: tuple, args: Namespace) -> None:
     """Activation checkpointing of each decoder layer, and torch.compile of each, as asked for."""
     how = args.checkpoint_activations
-    copies = HostCopies("cuda" if torch.cuda.is_available() else "cpu")
+    if how == "offload":
+        copies = HostCopies("cuda" if torch.cuda.is_available() else "cpu")
 
     def wrap(layer: nn.Module) -> nn.Module:
         if how == "offload" and args.compile:
@@ -202,8 +204,7 @@ class HostCopies:
         self.out.wait_stream(self.api.current_stream())
         with self.api.stream(self.out):
             host.copy_(tensor, non_blocking=True)
-        if tensor.is_cuda:
-            tensor.record_stream(self.out)  # keeps its memory until then
+        used_on(self.out, tensor)
         copy = HostCopy(host, self.last)
         self.last = weakref.ref(copy)
         return copy

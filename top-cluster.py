@@ -1327,13 +1327,18 @@ def rank_of(training, host, gpu):
                  if rank.local_rank == gpu.index), None)
 
 
+def lost(rank):
+    """What is wrong with a rank's process: nothing if the rank has finished."""
+    return "" if rank.phase == "finished" else rank.process
+
+
 def step_cell(ranks):
     ranks = [rank for rank in ranks if rank]
     if not ranks:
         return "-"
     worst = min(ranks, key=lambda rank: (rank.phase != "failed", rank.step))
-    state = worst.phase if worst.phase == "finished" else worst.process or worst.phase
-    return f"{state} {worst.step:,}", "" if state == worst.phase != "failed" else "red"
+    bad = "red" if lost(worst) or worst.phase == "failed" else ""
+    return f"{lost(worst) or worst.phase} {worst.step:,}", bad
 
 
 def gpu_notes(gpu):
@@ -1477,7 +1482,7 @@ class View:
 
     def training_lines(self, training, width):
         row = training.rows[-1] if training.rows else Row(*[None] * len(ROW_KEYS))
-        ended = training.ended and any(r.phase != "finished" for r in training.ranks.values())
+        ended = training.ended and any(map(lost, training.ranks.values()))
         phase = "ended: no process is left" if ended else training.phase
         counts = show(training.step, "{:,}") + (f"/{training.steps:,}" if training.steps else "")
         behind = training.ranks and max(r.step for r in training.ranks.values()) - training.step
@@ -1594,10 +1599,10 @@ class View:
             lines += [[]] if ranks else []
             for rank in ranks:
                 of = f" of {rank.steps:,}" if rank.steps else ""
-                process = f", process {rank.process}" if rank.process else ""
+                process = f", process {lost(rank)}" if lost(rank) else ""
                 say(f"rank {rank.rank}: {rank.phase}, step {rank.step:,}{of},"
                     f" {duration(age_of(rank, now))} ago, pid {rank.pid}{process}",
-                    "red" if rank.process or rank.phase == "failed" else "")
+                    "red" if lost(rank) or rank.phase == "failed" else "")
         return self.scrolled(lines, room)
 
     def alarm_lines(self, now, width, room):

@@ -258,11 +258,17 @@ def test_the_head_may_ask_the_decoder_for_a_number(tmp_path):
     assert whole(ids, labels, None, None, 1 / 23).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_layer_inputs_come_back_from_host_memory_each_while_the_next_layer_computes(monkeypatch):
+def watched_copies(monkeypatch):
+    """HostCopies, and the list of what they fetch: of each tensor its first element."""
     copies, fetched = train_llm.layers.HostCopies("cpu"), []
     fetch = copies.fetch
-    monkeypatch.setattr(copies, "fetch", lambda copy: (fetched.append(int(copy.host[0, 0])),
-                                                       fetch(copy)))
+    monkeypatch.setattr(copies, "fetch", lambda copy: (
+        fetched.append(int(copy.host.flatten()[0])), fetch(copy)))
+    return copies, fetched
+
+
+def test_layer_inputs_come_back_from_host_memory_each_while_the_next_layer_computes(monkeypatch):
+    copies, fetched = watched_copies(monkeypatch)
     inputs = [torch.full((3, 2), float(i)) for i in range(3)]
     kept = [copies.put(tensor) for tensor in inputs]
     for got, (wanted, sofar) in zip((2, 1, 0), ((2, [2, 1]), (1, [2, 1, 0]), (0, [2, 1, 0])),
@@ -277,10 +283,7 @@ def test_layer_inputs_come_back_from_host_memory_each_while_the_next_layer_compu
 
 
 def test_layers_of_several_inputs_have_each_fetched_once_and_before_its_time(monkeypatch):
-    copies, fetched = train_llm.layers.HostCopies("cpu"), []
-    fetch = copies.fetch
-    monkeypatch.setattr(copies, "fetch", lambda copy: (fetched.append(int(copy.host)),
-                                                       fetch(copy)))
+    copies, fetched = watched_copies(monkeypatch)
     kept = [copies.put(torch.tensor(i)) for i in range(6)]
     for i in (4, 5, 2, 3, 0, 1):  # three layers of two, of each of which the first comes first
         assert copies.get(kept[i]) == i

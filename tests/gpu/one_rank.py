@@ -17,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark import WIDTHS, Bench
+from benchmark_offload import status_gib
 from conftest import read_metrics
 from projection import NODE
 
@@ -47,7 +50,7 @@ def stand_in(world_size: int) -> None:
         planned = ranks.planned_processes()
         store = dist.HashStore()
         dist.init_process_group("fake", store=store, rank=0, world_size=world_size)
-        return ranks.replace(planned, store=dist.PrefixStore("train_llm", store))
+        return replace(planned, store=dist.PrefixStore("train_llm", store))
 
     def all_gather(output: torch.Tensor, given: torch.Tensor, group=None, **_) -> None:
         output.view(-1, given.numel()).copy_(given.flatten())
@@ -87,15 +90,12 @@ def stand_in(world_size: int) -> None:
     dist.all_gather, dist.all_reduce, dist.batch_isend_irecv = all_gather_list, all_reduce, swap
     dist.all_gather_object, dist.broadcast_object_list = gather_objects, lambda *_, **__: None
     ranks.reduce_scatter = reduce_scatter
-    make_group = dist.new_group
 
-    def fake_group(*args, **kwargs):
-        return make_group(*args, **kwargs | {"backend": "fake"})
+    def fake(make: Callable) -> Callable:
+        return lambda *args, **kwargs: make(*args, **kwargs | {"backend": "fake"})
 
-    make_subgroups = dist.new_subgroups_by_enumeration
-    dist.new_group = fake_group
-    dist.new_subgroups_by_enumeration = lambda *args, **kwargs: make_subgroups(
-        *args, **kwargs | {"backend": "fake"})
+    dist.new_group = fake(dist.new_group)
+    dist.new_subgroups_by_enumeration = fake(dist.new_subgroups_by_enumeration)
 
 
 def main() -> None:
@@ -125,16 +125,15 @@ def main() -> None:
         found = {key: statistics.median(row.get(key) or 0 for row in rows[1:]) for key in (
             "step_seconds", "forward_seconds", "backward_seconds", "update_seconds", "mfu",
             "peak_memory_gib", "peak_reserved_gib")}
-        status = Path("/proc/self/status").read_text().splitlines()
-        host = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
         if torch.cuda.is_available():  # with what CUDA takes itself; what was reserved still is
             free, whole = torch.cuda.mem_get_info()
             found |= {"device_used_gib": (whole - free) / 2**30, "device_gib": whole / 2**30}
-        found |= {"alloc_retries": rows[-1].get("alloc_retries"), "host_peak_gib": host,
-                  "seconds": seconds, "device": device, "torch": torch.__version__,
-                  "ranks": args.ranks, "layers": args.layers, "tokens": args.tokens,
-                  "options": args.options, "losses": [row["loss"] for row in rows]}
+        found |= {"alloc_retries": rows[-1].get("alloc_retries"), "seconds": seconds,
+                  "host_peak_gib": status_gib("VmHWM"), "device": device,
+                  "torch": torch.__version__, "ranks": args.ranks, "layers": args.layers,
+                  "tokens": args.tokens, "options": args.options,
+                  "losses": [row["loss"] for row in rows]}
     print(json.dumps(found, indent=2))
 
 
