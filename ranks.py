@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -136,6 +136,9 @@ class GradientSum:
     this layer is done, would wait for the sum of the layer before. Two at once cannot lock each
     other out: ranks issue them in the same order, and an H200 has room for both (24 and 32 blocks).
 
+    What is sent are the gradients of the unit's parameters, as autograd made them: FSDP would have
+    them joined to one first, which takes a second whole gradient's memory, and 3 ms (405B).
+
     The host, which can be layers ahead of the GPU, waits here for the sum before this one. So only
     two whole gradients wait to be summed, each of which takes memory (405B: 6.4 GB) until it is.
     """
@@ -145,6 +148,7 @@ class GradientSum:
         """`given`: the dtype of gradients; `summed`: that of their sums, and of their addition."""
         self.given, self.summed, self.ranks = given, summed, processes.world_size
         self.before: torch.cuda.Event | None = None  # the end of the sum before
+        self.unjoined: dict[int, list[torch.Tensor]] = {}  # by the address of their stand-in
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         if given == summed:
             self.all = dist.new_group(backend=backend)
@@ -161,7 +165,8 @@ class GradientSum:
 
     def __call__(self, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of each rank's `gradient`, (ranks * n,): n elements, in `shard` if that has their
-        dtype; with one rank, where there is no shard, the gradient itself.
+        dtype; with one rank, where there is no shard, the gradient itself. A stand-in of `keep` is
+        taken for what it stands for.
         """
         if shard is None:
             return gradient
@@ -169,7 +174,8 @@ class GradientSum:
             reduce_scatter(shard, gradient, group=self.all)
             total = shard
         else:
-            total = self.exchange_and_add(gradient, shard)
+            gradients = self.unjoined.pop(gradient.data_ptr()) if self.unjoined else [gradient]
+            total = self.exchange_and_add(gradients, shard)
         if total.is_cuda:
             if self.before:
                 self.before.synchronize()
@@ -177,27 +183,69 @@ class GradientSum:
             self.before.record()
         return total
 
-    def exchange_and_add(self, gradient: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
+    def exchange_and_add(
+        self, gradients: list[torch.Tensor], shard: torch.Tensor
+    ) -> torch.Tensor:
         total = torch.empty_like(shard, dtype=self.summed)
-        parts = gradient.view(self.nodes, self.local, len(shard)).transpose(0, 1)
         size, me = max(1, PIECE // self.ranks), dist.get_rank(self.within)
-        for mine, theirs in zip(total.split(size), parts.split(size, dim=2), strict=True):
-            # (local, nodes, size); on one node each part is contiguous as it is, and not copied.
-            sent = [part.contiguous() for part in theirs]
+        for place in range(0, len(total), size):
+            mine = total[place : place + size]
+            starts = [[(node * self.local + r) * len(total) + place for node in range(self.nodes)]
+                      for r in range(self.local)]
+            # What the ranks r of all nodes are to sum, of each parameter's gradient by itself.
+            sent = [[part for start in starts[r]
+                     for part in parts_of(gradients, start, start + len(mine))]
+                    for r in range(self.local)]
             # Not all_to_all, in which NCCL copies a rank's own part, too.
-            arrived = [part if r == me else torch.empty_like(part) for r, part in enumerate(sent)]
-            swaps = [dist.P2POp(do, tensors[r], group=self.within, group_peer=r)
+            arrived = [sent[r] if r == me else list(map(torch.empty_like, sent[me]))
+                       for r in range(self.local)]
+            swaps = [dist.P2POp(do, part, group=self.within, group_peer=r)
                      for r in range(self.local) if r != me
-                     for do, tensors in ((dist.isend, sent), (dist.irecv, arrived))]
+                     for do, parts in ((dist.isend, sent[r]), (dist.irecv, arrived[r]))
+                     for part in parts]
             for swap in dist.batch_isend_irecv(swaps) if swaps else []:
                 swap.wait()
-            if self.nodes == 1:
-                self.add_up(arrived, mine[None])
-            else:
-                of_node = torch.empty_like(arrived[0], dtype=self.summed)
-                self.add_up(arrived, of_node)
-                reduce_scatter(mine, of_node.flatten(), group=self.between)
+            of_node = mine if self.nodes == 1 else mine.new_empty(self.nodes * len(mine))
+            sums = of_node.split([len(part) for part in sent[me]])
+            for part_sum, *parts in zip(sums, *arrived, strict=True):
+                self.add_up(parts, part_sum)
+            if self.nodes > 1:
+                reduce_scatter(mine, of_node, group=self.between)
+        if total.is_cuda:  # FSDP's stream for sums; gradients come from the one that computes
+            for gradient in gradients:
+                gradient.record_stream(torch.cuda.current_stream())
         return total
+
+    def take_unjoined(self, model: FSDP) -> None:
+        """Have the gradients of a unit's parameters come here as they are, where they are sent."""
+        if self.ranks == 1 or self.given == self.summed:  # NCCL alone sums: it wants one tensor
+            return
+        for handle in (unit._handle for unit in FSDP.fsdp_modules(model) if unit._handle):
+            # Private (torch 2.11, 2.13): makes the unit's parameters, views of what was gathered.
+            handle._get_unflat_views = functools.partial(
+                self.make_views, handle, handle._get_unflat_views)
+
+    def make_views(
+        self, handle, split: Callable, tensor: torch.Tensor | None = None
+    ) -> Iterable[torch.Tensor]:
+        if tensor is not None:  # something of the unit's layout, which has no gradient
+            return split(tensor)
+        unit = handle.flat_param
+        # Autograd works backward on the streams of the forward pass, and FSDP makes the views on
+        # the stream that gathers.
+        with torch.cuda.stream(torch.cuda.default_stream() if unit.is_cuda else None):
+            return Unjoined.apply(unit, split, functools.partial(self.keep, unit))
+
+    def keep(self, unit: torch.Tensor, gradients: list[torch.Tensor]) -> None:
+        """Give the unit, in place of a gradient, one zero that looks like it: FSDP sends that here
+        as soon as autograd has come to the unit. `gradients` as Unjoined makes them.
+        """
+        if unit.grad is None:
+            unit.grad = unit.new_zeros(()).expand_as(unit)
+            self.unjoined[unit.grad.data_ptr()] = gradients
+        else:  # the unit was used twice in the forward pass
+            before = self.unjoined[unit.grad.data_ptr()]
+            before[:] = map(torch.add, before, gradients)
 
 
 def add_up(parts: list[torch.Tensor], total: torch.Tensor) -> None:
@@ -210,19 +258,41 @@ def add_up(parts: list[torch.Tensor], total: torch.Tensor) -> None:
             total += part
 
 
-def make_views_on_compute_stream(model: FSDP) -> None:
-    """Let FSDP make the parameters of a gathered unit, views of it, on the stream that computes.
+class Unjoined(torch.autograd.Function):
+    """The parameters of a gathered unit, as FSDP's `split` makes them: views of the unit's tensor.
 
-    Autograd works backward on the streams of the forward pass. FSDP makes the views on the stream
-    that it gathers on; there the gradients of a unit's parameters are then joined to one, while the
-    stream that computes waits: 3 ms at every layer of 405B. The memory also was that stream's.
+    `keep` is given their gradients, the tensors that lie one behind the other in the unit's own, as
+    they come to lie there: 1-D, with zeros for what is padding. The unit's tensor gets none.
     """
-    for unit in FSDP.fsdp_modules(model):
-        if unit._handle is not None:
-            unit._handle._use_unsharded_views = functools.partial(
-                on_compute_stream, unit._handle._use_unsharded_views)  # private; torch 2.11, 2.13
+
+    @staticmethod
+    def forward(
+        ctx, unit: torch.Tensor, split: Callable, keep: Callable
+    ) -> tuple[torch.Tensor, ...]:
+        views, ctx.keep, ctx.size = tuple(split(unit)), keep, len(unit)
+        ctx.places = [(view.storage_offset() - unit.storage_offset(), view.stride())
+                      for view in views]
+        return views
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[None, None, None]:
+        found, end = [], 0
+        for gradient, (start, stride) in zip(gradients, ctx.places, strict=True):
+            found.append(gradient.new_zeros(start - end))
+            if gradient.stride() != stride:
+                gradient = gradient.new_empty_strided(gradient.shape, stride).copy_(gradient)
+            found.append(gradient.as_strided((gradient.numel(),), (1,)))
+            end = start + gradient.numel()
+        ctx.keep([*found, gradients[0].new_zeros(ctx.size - end)])
+        return None, None, None
 
 
-def on_compute_stream(work: Callable, **options) -> None:
-    with torch.cuda.stream(torch.cuda.default_stream()):
-        work(**options)
+def parts_of(tensors: list[torch.Tensor], start: int, end: int) -> list[torch.Tensor]:
+    """Views of the elements `start` to `end` of 1-D tensors that lie one behind the other."""
+    found, place = [], 0
+    for tensor in tensors:
+        first, last = max(start - place, 0), min(end - place, len(tensor))
+        if first < last:
+            found.append(tensor[first:last])
+        place += len(tensor)
+    return found

@@ -60,7 +60,6 @@ import checkpoints
 import download
 import layers
 import offload
-import ranks
 import weights
 from checkpoints import clean, write_json
 from download import InputError, first_line
@@ -557,8 +556,8 @@ def shard(
     # After FSDP: inside out, saved optimizer state would no longer find its parameters.
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     filler.finish(sharded)
+    gradient_sum.take_unjoined(sharded)
     if on_gpu:
-        ranks.make_views_on_compute_stream(sharded)
         torch.cuda.empty_cache()  # what whole units in float32 took while they were loaded
     for name, fact in facts.items():
         setattr(sharded, name, fact)

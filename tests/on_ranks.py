@@ -9,6 +9,7 @@ which of them are not bit for bit those of `from_pretrained`; or {"do": "load", 
 "out": PATH, "cold": true}: shard a model, and write to PATH.RANK how long it took and how much
 anonymous memory this process had at most. In "train" with "apart", each rank is a host of its own,
 and "HOST" in its words is its number; with "refused": PATH, its InputError is written to PATH.RANK.
+With "bfloat16" it computes as on a GPU, "unjoined" (as it is) or "joined" (as FSDP does by itself).
 {"do": "add_up", "out": PATH}: sum gradients as if on one node, on several and on uneven ones, and
 write how far each is from the true sum to PATH.RANK.
 {"do": "copy", "run": FOLDER, "to": FOLDER, "without": [GLOB, ...]}: copy a run, in part.
@@ -31,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecision
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,7 +41,7 @@ import train_llm
 
 def train(
     argv: list[str], apart: bool = False, refused: str = "", block_bytes: int = 4096,
-    no_sync: bool = False,
+    no_sync: bool = False, bfloat16: str = "",
 ) -> None:
     print("job", *argv[:2], file=sys.stderr, flush=True)
     train_llm.checkpoints.BLOCK_BYTES = block_bytes  # so few that tiny tensors have several blocks
@@ -48,7 +50,8 @@ def train(
         os.environ |= {"LOCAL_RANK": "0", "GROUP_RANK": rank}
         argv = [word.replace("HOST", rank) for word in argv]
     try:
-        with forbid_syncs() if no_sync else contextlib.nullcontext():
+        with (forbid_syncs() if no_sync else contextlib.nullcontext(),
+              in_bfloat16(bfloat16) if bfloat16 else contextlib.nullcontext()):
             train_llm.main(argv)
     except train_llm.InputError as error:
         if not refused:
@@ -108,6 +111,21 @@ def forbid_syncs():
         yield
     finally:
         train_llm.Meter.begin_step, train_llm.Meter.write_row = begin_step, write_row
+
+
+@contextlib.contextmanager
+def in_bfloat16(gradients: str):
+    kept = train_llm.FSDP, train_llm.compute_dtype, train_llm.GradientSum.take_unjoined
+    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    train_llm.FSDP = lambda model, **options: FSDP(
+        model, **options | {"mixed_precision": precision})
+    train_llm.compute_dtype = lambda device: torch.bfloat16
+    if gradients == "joined":
+        train_llm.GradientSum.take_unjoined = lambda self, model: None
+    try:
+        yield
+    finally:
+        train_llm.FSDP, train_llm.compute_dtype, train_llm.GradientSum.take_unjoined = kept
 
 
 class AnonymousMemory:
@@ -185,6 +203,9 @@ def add_up(out: str) -> None:
             groups = {vars(sum_over_ranks).get(name) for name in ("within", "between", "all")}
             assert dist.group.WORLD not in groups, "sums would delay FSDP's gathers"
             total = sum_over_ranks(given[here.rank], shard)
+            if given[0].dtype != torch.float32:  # of several parameters, some cut by pieces, ranks
+                apart = given[here.rank].split([1, 999, 0, 7, ranks * 1001 - 1007])
+                assert torch.equal(total, sum_over_ranks.exchange_and_add(list(apart), shard))
             far = float((total - wanted).abs().max()) if total.dtype == torch.float32 else None
             found[f"{dtype}, {nodes} x {local}"] = far
     os.environ |= {"GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": str(ranks)}

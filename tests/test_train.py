@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ import download
 import train_llm
 from rows import rows_of_step
 
+BFLOAT16 = re.compile("(un)?joined|$")  # in the name of a run that computes as on a GPU
 STEPS, BATCH, LENGTH, LR = 10, 6, 32, 3e-3
 RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR, warmup_steps=3,
               log_freq=1, seed=3)
@@ -60,11 +62,19 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "mistral": (2, "mistral", dict(batch_size=3)),
         "dropout": (2, "dropout", dict(batch_size=3, max_steps=3)),
         "dropout-again": (2, "dropout", dict(batch_size=3, max_steps=3)),
+        "joined": (3, "llama", dict(batch_size=1, max_steps=4)),
+        "joined-tied": (2, "gemma", dict(batch_size=3, max_steps=4)),
+        "joined-on-the-host": (2, "llama", dict(batch_size=3, max_steps=4,
+                                                cpu_offload="optimizer")),
+        "unjoined": (3, "llama", dict(batch_size=1, max_steps=4, checkpoint_activations="on")),
+        "unjoined-tied": (2, "gemma", dict(batch_size=3, max_steps=4)),
+        "unjoined-on-the-host": (2, "llama", dict(batch_size=3, max_steps=4,
+                                                  cpu_offload="optimizer")),
         "random-1": (1, "llama", dict(random_init=True, max_steps=1)),
         "random-3": (3, "llama", dict(random_init=True, max_steps=1)),
     }
     on_ranks(3, [
-        {"do": "train", "ranks": ranks, "argv": options_of(
+        {"do": "train", "ranks": ranks, "bfloat16": BFLOAT16.search(name)[0], "argv": options_of(
             experiment_name=name, save_dir=folder, rows_dir=rows_dir, model_name=models[model],
             dataset_name=corpus, **(RECIPE | extra))}
         for name, (ranks, model, extra) in plan.items()
@@ -128,6 +138,14 @@ def test_recomputation_changes_not_one_bit(runs):
     losses = [[row["loss"] for row in read_metrics(runs[name])]
               for name in ("two", "recomputed", "selective", "offloaded")]
     assert all(other == losses[0] for other in losses)
+
+
+@pytest.mark.parametrize("setting", ["", "-tied", "-on-the-host"])
+def test_gradients_that_are_never_joined_train_bit_for_bit_as_those_that_fsdp_joins(runs, setting):
+    joined, unjoined = (
+        [(row["loss"], row["grad_norm"]) for row in read_metrics(runs[f"{how}joined{setting}"])]
+        for how in ("", "un"))
+    assert joined == unjoined and len(joined) == 4 and joined[-1][0] < joined[0][0]
 
 
 def test_dropout_is_drawn_anew_each_step_and_the_same_each_run(runs):
