@@ -25,8 +25,9 @@ JOIN_SECONDS = 1800  # libraries on a slow shared drive can take minutes to load
 # Elements of a unit's gradient that are summed at a time: 2 GiB in bfloat16. Each piece waits once
 # or twice for a matrix product to leave the GPU; in 12 pieces a layer of 405B took a layer's time.
 PIECE = 2**30
-# The name is that of torch 2.13, and of 2.11.
+# The names are those of torch 2.13, and of 2.11.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,32 @@ class Unjoined(torch.autograd.Function):
             end = start + gradient.numel()
         ctx.keep([*found, gradients[0].new_zeros(ctx.size - end)])
         return None, None, None
+
+
+def gather_in_place(model: FSDP) -> None:
+    """Have each rank convert its shard of a unit to where it belongs in the unit that is gathered.
+
+    FSDP converts it in memory of its own, and NCCL then copies it to there.
+    """
+    for handle in (unit._handle for unit in FSDP.fsdp_modules(model) if unit._handle):
+        # Private (torch 2.11, 2.13), as is all that is asked for here.
+        if handle.uses_sharded_strategy and handle._uses_param_mixed_precision and (
+                not handle._offload_params):
+            handle._use_low_precision_shard = lambda: None
+            handle._all_gather_flat_param = functools.partial(
+                gather, handle, handle._all_gather_flat_param)
+
+
+def gather(handle, of_fsdp: Callable, whole: torch.Tensor) -> torch.Tensor:
+    if handle._force_full_precision:
+        return of_fsdp(whole)
+    parts = whole.chunk(handle.world_size)
+    parts[handle.rank].copy_(handle.flat_param._local_shard)
+    if whole.is_cuda:
+        all_gather(whole, parts[handle.rank], group=handle.process_group)
+    else:
+        dist.all_gather(list(parts), parts[handle.rank], group=handle.process_group)
+    return whole
 
 
 def parts_of(tensors: list[torch.Tensor], start: int, end: int) -> list[torch.Tensor]:

@@ -60,6 +60,7 @@ import checkpoints
 import download
 import layers
 import offload
+import ranks
 import weights
 from checkpoints import clean, write_json
 from download import InputError, first_line
@@ -557,6 +558,7 @@ def shard(
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     filler.finish(sharded)
     gradient_sum.take_unjoined(sharded)
+    ranks.gather_in_place(sharded)
     if on_gpu:
         torch.cuda.empty_cache()  # what whole units in float32 took while they were loaded
     for name, fact in facts.items():

@@ -115,17 +115,21 @@ def forbid_syncs():
 
 @contextlib.contextmanager
 def in_bfloat16(gradients: str):
-    kept = train_llm.FSDP, train_llm.compute_dtype, train_llm.GradientSum.take_unjoined
+    names = [(train_llm, "FSDP"), (train_llm, "compute_dtype"),
+             (train_llm.ranks, "gather_in_place"), (train_llm.GradientSum, "take_unjoined")]
+    kept = [getattr(owner, name) for owner, name in names]
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     train_llm.FSDP = lambda model, **options: FSDP(
         model, **options | {"mixed_precision": precision})
     train_llm.compute_dtype = lambda device: torch.bfloat16
     if gradients == "joined":
         train_llm.GradientSum.take_unjoined = lambda self, model: None
+        train_llm.ranks.gather_in_place = lambda model: None
     try:
         yield
     finally:
-        train_llm.FSDP, train_llm.compute_dtype, train_llm.GradientSum.take_unjoined = kept
+        for (owner, name), value in zip(names, kept, strict=True):
+            setattr(owner, name, value)
 
 
 class AnonymousMemory:
