@@ -209,7 +209,8 @@ class GradientSum:
             of_node = mine if self.nodes == 1 else mine.new_empty(self.nodes * len(mine))
             sums = of_node.split([len(part) for part in sent[me]])
             for part_sum, *parts in zip(sums, *arrived, strict=True):
-                self.add_up(parts, part_sum)
+                # Without .data the compiler compiles anew for each kind of view.
+                self.add_up([part.data for part in parts], part_sum.data)
             if self.nodes > 1:
                 reduce_scatter(mine, of_node, group=self.between)
         if total.is_cuda:  # FSDP's stream for sums; gradients come from the one that computes
