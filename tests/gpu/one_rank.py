@@ -53,7 +53,7 @@ def stand_in(world_size: int) -> None:
         return replace(planned, store=dist.PrefixStore("train_llm", store))
 
     def all_gather(output: torch.Tensor, given: torch.Tensor, group=None, **_) -> None:
-        output.view(-1, given.numel()).copy_(given.flatten())
+        output.view(-1, given.numel()).copy_(given.flatten().clone())  # a part of the output
 
     def all_gather_list(outputs: list[torch.Tensor], given: torch.Tensor, group=None, **_) -> None:
         for output in outputs:
