@@ -88,6 +88,12 @@ def test_the_fastest_mode_that_fits_is_told(name, gpus, memory, words):
     assert found == words
 
 
+def test_what_one_rank_of_the_whole_model_reserved_beside_its_state_is_told():
+    one = {"ranks": 64, "tokens": 4096, "peak_reserved_gib": 70}
+    state = 2 * projection.PARAMETERS / 64 + 4 * projection.HEAD
+    assert what_fits.full_depth_working(one, projection.MODES) == 70 * 2**30 - state
+
+
 def test_one_rank_of_sixteen_trains_with_nobody_else_there():
     done = subprocess.run(
         [sys.executable, ROOT / "tests/gpu/one_rank.py", "--quick", "--ranks", "16",

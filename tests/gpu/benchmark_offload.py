@@ -436,7 +436,7 @@ def main() -> None:
     parser.add_argument("--micro-steps", type=lambda text: [int(n) for n in text.split(",")],
                         default=[1, 4], help="of `numbers`")
     parser.add_argument("--tokens", type=int, default=256, help="in a row of `numbers`")
-    parser.add_argument("--row", type=int, default=51200, help="tokens in a row of `kept`")
+    parser.add_argument("--row", type=int, default=55296, help="tokens in a row of `kept`")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """One rank of a run of many, at full depth, on one GPU: its memory, and how long it computes.
 
-    python tests/gpu/one_rank.py [--ranks 64] [--layers 126] [--tokens 4096] [--steps 4]
+    python tests/gpu/one_rank.py [--ranks 64] [--layers 126] [--tokens 4096] [--steps 5]
                                  [--width 405b] [--quick] [-- OPTIONS OF train_llm.py]
 
 This process is rank 0. The other ranks are stand-ins: a gather gives its own part again and again,
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=126)
     parser.add_argument("--width", default="405b", choices=WIDTHS)
     parser.add_argument("--tokens", type=int, default=4096, help="in the row of a step")
-    parser.add_argument("--steps", type=int, default=4, help="the first is not counted")
+    parser.add_argument("--steps", type=int, default=5, help="the first two are not counted")
     parser.add_argument("--quick", action="store_true", help="tiny, to try this on a CPU")
     parser.add_argument("options", nargs="*", help="of train_llm.py, after --")
     args = parser.parse_args()
@@ -122,7 +122,7 @@ def main() -> None:
         train_llm.main(argv)
         seconds = time.perf_counter() - started
         rows = read_metrics(Path(folder) / "out" / "run")
-        found = {key: statistics.median(row.get(key) or 0 for row in rows[1:]) for key in (
+        found = {key: statistics.median(row.get(key) or 0 for row in rows[2:]) for key in (
             "step_seconds", "forward_seconds", "backward_seconds", "update_seconds", "mfu",
             "peak_memory_gib", "peak_reserved_gib")}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"

@@ -1,11 +1,12 @@
 """Which models fit on which GPUs, by --cpu-offload: the table of the README.
 
-    python tests/gpu/what_fits.py OFFLOAD_JSON SCALING_JSON [--tokens 4096]
+    python tests/gpu/what_fits.py OFFLOAD_JSON SCALING_JSON [--one-rank JSON] [--tokens 4096]
 
 OFFLOAD_JSON is what `benchmark_offload.py --only memory` wrote: bytes a parameter of each mode, of
 which none is taken for less than its weights, gradients and moments are by count.
 SCALING_JSON is what scaling.py wrote, with slices of 405B's width: the memory that a pass needs
-beside that, which grows with the parameters of a layer.
+beside that, which grows with the parameters of a layer. Where one_rank.py, of 405B at full depth,
+measured more of it on its one GPU, that is taken.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from projection import LLAMA, MEMORY, MODES, NODE, Llama, fastest, working_memory
+from projection import LLAMA, MEMORY, MODES, NODE, Llama, fastest, needed, working_memory
 
 
 def best(shape: Llama, gpus: int, memory: float, **about) -> str:
@@ -26,10 +27,18 @@ def best(shape: Llama, gpus: int, memory: float, **about) -> str:
     return words + (f", host {host / 1e9:,.0f}" if host else "")
 
 
+def full_depth_working(one: dict, modes: dict) -> float:
+    """Bytes that one_rank.py's rank of 405B reserved on its GPU beside its state and the root."""
+    state, _ = needed(LLAMA["405B"], one["ranks"], bytes_each=modes["optimizer"], working=0,
+                      tokens=one["tokens"], inputs_away=True)
+    return one["peak_reserved_gib"] * 2**30 - state
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("offload", type=Path, help="offload.json, with the group `memory`")
     parser.add_argument("scaling", type=Path, help="scaling.json")
+    parser.add_argument("--one-rank", type=Path, help="what one_rank.py printed")
     parser.add_argument("--tokens", type=int, default=4096, help="in a row")
     args = parser.parse_args()
     measured = {row["mode"]: row for row in
@@ -38,6 +47,8 @@ def main() -> None:
                     for kind, counted in by_count.items()} for mode, by_count in MODES.items()}
     working, sizes = working_memory(
         json.loads(args.scaling.read_text())["tables"], args.tokens, "bfloat16 compiled")
+    if args.one_rank:
+        working = max(working, full_depth_working(json.loads(args.one_rank.read_text()), modes))
     print("| model | GPUs | " + " | ".join(f"GB on each {name}, on each host of {NODE}"
                                            for name in MEMORY) + " |\n|" + "---|" * 4)
     for name, shape in LLAMA.items():
