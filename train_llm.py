@@ -599,15 +599,13 @@ def prepare_rows(args: argparse.Namespace, processes: Processes, *, held_out: bo
             download.prepare_apart(**inputs)
 
     key = "validation rows" if held_out else "rows"
-    while_others_wait(
-        prepare, f"{key}/{processes.node}", alone=processes.local_rank == 0, store=processes.store
-    )
+    while_others_wait(prepare, f"{key}/{processes.node}", alone=processes.local_rank == 0,
+                      store=processes.store)
     rows = find_rows(args, held_out=held_out)
     if processes.store.compare_set(key, "", rows.digest).decode() != rows.digest:
         raise InputError(
             f"node {processes.node} has other {key} of {' '.join(args.dataset_name)} than a node"
-            " before it; copy the same data and tokenizer to every node"
-        )
+            " before it; copy the same data and tokenizer to every node")
     return rows
 
 
@@ -749,10 +747,11 @@ PHASES = ("data", "forward", "backward", "update")
 class Meter:
     """Time, throughput, memory and validation; writes `metrics.jsonl`, shows progress on rank 0.
 
-    A row's `loss`, `grad_norm` and `lr` are those of its own step, its times the mean since the row
-    before. Throughput counts every token of the rows, targets or not. `update_lost` is the share of
-    weights, among some 65,536 float32 ones a rank, that its step left as they were, bit for bit;
-    with --cpu-offload optimizer it is of the step before, the last that has ended.
+    A row's `loss`, `grad_norm` and `lr` are those of its own step, its times the mean of the steps
+    since the row before, with `save_seconds` between them. Throughput counts every token of the
+    rows, targets or not. `update_lost` is the share of weights, among some 65,536 float32 ones a
+    rank, that its step left as they were, bit for bit; with --cpu-offload optimizer it is of the
+    step before, the last that has ended.
     """
 
     def __init__(self, args, state: TrainState, rows: Rows, val_rows: Rows | None, heart: "Heart",
@@ -764,18 +763,16 @@ class Meter:
             checkpoints.keep_rows(path, until=state.step)
         config = state.model.module.config.get_text_config()
         self.flops_per_token = layers.flops_per_token(
-            config, state.model.matmul_parameters, args.seq_length
-        )
+            config, state.model.matmul_parameters, args.seq_length)
         self.pending, self.alloc_retries = [], 0
         if processes.device.type == "cuda":  # what loading took is not what training takes
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.reset_accumulated_memory_stats()  # the retries
         self.spans: list[tuple] = []  # (phase, its start, its end)
-        self.row_started = time.perf_counter()
+        self.row_ended = time.perf_counter()
         self.steps = planned_steps(args, rows)
-        self.bar = tqdm(
-            total=self.steps, initial=state.step, disable=processes.rank != 0, unit="step"
-        )
+        self.bar = tqdm(total=self.steps, initial=state.step, disable=processes.rank != 0,
+                        unit="step")
         heart.beat("training", state.step)
 
     @contextlib.contextmanager
@@ -802,6 +799,9 @@ class Meter:
     def begin_step(self, step: int) -> None:
         if self.args.profile == step + 1:
             self.profiler = layers.start_profile()
+        if not self.pending:
+            self.row_started = time.perf_counter()
+            self.save_seconds = self.row_started - self.row_ended
 
     def end_step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         self.pending.append(torch.stack((loss, grad_norm.to(loss))))
@@ -829,8 +829,7 @@ class Meter:
                     " that step on and nothing was saved; lower --lr, lengthen --warmup-steps, or"
                     " look at the rows of that step"
                 )
-        now = time.perf_counter()
-        step_seconds = (now - self.row_started) / len(values)
+        step_seconds = (time.perf_counter() - self.row_started) / len(values)
         tokens = self.args.global_batch_size * self.args.seq_length
         per_gpu = tokens / step_seconds / self.processes.world_size
         loss, grad_norm = values[-1]
@@ -844,6 +843,7 @@ class Meter:
             "tokens_per_second_per_gpu": per_gpu,
             "mfu": layers.utilisation(per_gpu, self.flops_per_token, self.processes.device),
             "step_seconds": step_seconds,
+            "save_seconds": self.save_seconds,
             **{f"{phase}_seconds": self.mean_seconds(phase) for phase in PHASES},
             **peak_memory(self.processes.device),
             "epoch": state.step * self.args.global_batch_size / float(self.rows.epoch),
@@ -868,7 +868,7 @@ class Meter:
             )
         self.pending.clear()
         self.spans.clear()
-        self.row_started = time.perf_counter()  # validation is nobody's step
+        self.row_ended = time.perf_counter()
 
     def finish(self, state: TrainState) -> None:
         self.write_row(state)

@@ -87,9 +87,10 @@ def main() -> None:
         gib = size / 2**30
         table = {"checkpoint, GiB": gib, "plain write and fsync, GiB/s": gib / plain,
                  "slower plain write / faster": spread}
-        # A row's step_seconds is the time since the row before: a save is in the row after it.
+        # What a save took is in the row after it.
         for mode, name in {"off": "foreground", "on": "asynchronous"}.items():
-            rows = {row["step"]: row["step_seconds"] for row in read_metrics(root / mode)}
+            rows = {row["step"]: row["save_seconds"] + row["step_seconds"]
+                    for row in read_metrics(root / mode)}
             step = statistics.median(rows[s] for s in rows if s > 2 and s - 1 not in SAVES)
             table[f"{name}: ordinary step, s"] = step
             for save, which in zip(SAVES, ("first", "second"), strict=True):

@@ -247,6 +247,20 @@ def test_each_tensor_of_an_export_begins_at_a_multiple_of_its_elements_size():
     assert list(heads) == ["one", "three"]
 
 
+def test_what_a_save_takes_is_told_and_is_in_no_steps_time(straight, monkeypatch):
+    save = checkpoints.Saver.save
+
+    def slow_save(saver, *words, **options):
+        save(saver, *words, **options)
+        time.sleep(3)
+
+    monkeypatch.setattr(checkpoints.Saver, "save", slow_save)
+    in_process(straight, "slow-save", max_steps=5, ckpt_freq=3, export_dtype="none")
+    rows = read_metrics(straight[0] / "slow-save")
+    assert [row["save_seconds"] > 3 for row in rows] == [False, False, False, True, False]
+    assert rows[3]["step_seconds"] < 2.5
+
+
 def test_shared_memory_that_is_too_small_is_told_before_it_is_used(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(train_llm.InputError, match="8 ranks .* need 8192.0 GiB .* /dev/shm has"):

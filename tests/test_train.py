@@ -168,7 +168,7 @@ def test_a_run_leaves_its_options_versions_metrics_and_model(runs, tiny):
     assert versions["torch"] == torch.__version__ and versions["world_size"] == 2
     row = read_metrics(folder)[-1]
     assert set(row) == {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu",
-                        "tokens_per_second_per_gpu", "step_seconds", "data_seconds",
+                        "tokens_per_second_per_gpu", "step_seconds", "data_seconds", "save_seconds",
                         "forward_seconds", "backward_seconds", "update_seconds", "update_lost",
                         "peak_memory_gib", "epoch", "time"}
     assert row["mfu"] is None, "there is no GPU here, so no utilisation to speak of"
