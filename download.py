@@ -207,7 +207,7 @@ def read_mixture(words: list[str]) -> list[tuple[str, Fraction | None]]:
     found = []
     for word in words:
         name, _, weight = word.rpartition("=")
-        given = name and re.fullmatch(r"\d*\.?\d+", weight) and not Path(word).exists()
+        given = name and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight) and not Path(word).exists()
         found.append((name, Fraction(weight)) if given else (word, None))
     names, weights = [name for name, _ in found], [weight for _, weight in found]
     weighted, total = any(w is not None for w in weights), sum(w or 0 for w in weights)

@@ -485,11 +485,11 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             f"{args.model_name} {why}, so documents in a row cannot be kept apart;"
             " accept that with --no-document-mask"
         )
+    weights.refuse_shared(model, decoder_layer_classes(model))
     if args.float8 != "off":
         layers.in_float8(model, args.float8)
     model.forward = layers.build_forward(
-        model, chunk=args.loss_chunk, document_mask=args.document_mask, compiled=args.compile
-    )
+        model, chunk=args.loss_chunk, document_mask=args.document_mask, compiled=args.compile)
     return model.train()
 
 

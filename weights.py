@@ -399,6 +399,19 @@ def units_of(model: nn.Module, classes: set[type]) -> dict[nn.Module, list[nn.Mo
     return units
 
 
+def refuse_shared(model: nn.Module, layer_classes: set[type]) -> None:
+    """Raises InputError if layers share a parameter, as Zamba's do: a layer is what FSDP gathers,
+    and keeps the shards of, by itself."""
+    names, seen = names_of_tensors(model), set()
+    for held in units_of(model, layer_classes).values():
+        own = {id(p) for module in held for p in module._parameters.values() if p is not None}
+        for shared in own & seen:
+            raise InputError(f"{' and '.join(names[shared])} are one parameter in several layers,"
+                             f" which FSDP cannot shard; {type(model).__name__} cannot be trained"
+                             " here")
+        seen |= own
+
+
 def own_tensors(held: list[nn.Module], names: dict[int, str]) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers of a unit, each once, in FSDP's order."""
     every = [t for m in held for t in (*m._parameters.values(), *m._buffers.values())]

@@ -237,6 +237,18 @@ def test_varlen_is_for_models_whose_attention_it_computes(kind, suits):
     assert train_llm.layers.suits_varlen(config) == suits
 
 
+def test_a_model_whose_layers_share_parameters_is_refused(tmp_path, corpus):
+    build_tiny_model(tmp_path)
+    train_llm.AutoConfig.for_model(
+        "zamba", vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=6,
+        num_attention_heads=4, n_mamba_heads=2, attn_layer_period=3,
+        attn_layer_offset=1).save_pretrained(tmp_path)
+    words = options_of(experiment_name="x", model_name=tmp_path, dataset_name=corpus,
+                       document_mask=False, **RECIPE)
+    with pytest.raises(train_llm.InputError, match="shared_transf.* and .*shared_transf.* one parameter"):
+        train_llm.build_model(train_llm.parse_args(words))
+
+
 @pytest.mark.parametrize("kind", ["gpt-oss", "falcon"])
 def test_models_that_let_documents_see_each_other_are_refused(
     kind, tmp_path, corpus, rows_dir
