@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,24 @@ def test_gradients_that_are_never_joined_train_bit_for_bit_as_those_that_fsdp_jo
     assert joined == unjoined and len(joined) == 4 and joined[-1][0] < joined[0][0]
 
 
+def test_gradients_of_a_unit_that_is_used_twice_are_added_where_they_lie():
+    """With padding before, between and behind, a parameter that is transposed, and one unused."""
+    here = train_llm.planned_processes()
+    sums = train_llm.GradientSum.__new__(train_llm.GradientSum)
+    sums.unjoined, values = {}, torch.randn(40, dtype=torch.bfloat16, device=here.device)
+
+    def split(unit):
+        return [unit[2:14].view(3, 4), unit[16:28].view(4, 3).t(), unit[28:33]]
+
+    unit, plain = (torch.nn.Parameter(values.clone()) for _ in range(2))
+    passes = [split(plain), split(plain)]
+    made = [sums.make_views(SimpleNamespace(flat_param=unit), split) for _ in range(2)]
+    for first, second in (passes, made):
+        ((first[0] * first[1]).sum() + (second[0] ** 3).sum()).backward()
+    joined = torch.cat(sums.unjoined.pop(unit.grad.data_ptr()))
+    assert torch.equal(joined, plain.grad) and plain.grad.any()
+
+
 def test_dropout_is_drawn_anew_each_step_and_the_same_each_run(runs):
     losses = [[row["loss"] for row in read_metrics(runs[name])[:3]]
               for name in ("dropout", "dropout-again", "two")]
@@ -245,7 +264,8 @@ def test_a_model_whose_layers_share_parameters_is_refused(tmp_path, corpus):
         attn_layer_offset=1).save_pretrained(tmp_path)
     words = options_of(experiment_name="x", model_name=tmp_path, dataset_name=corpus,
                        document_mask=False, **RECIPE)
-    with pytest.raises(train_llm.InputError, match="shared_transf.* and .*shared_transf.* one parameter"):
+    shared = "shared_transf.* and .*shared_transf.* one parameter"
+    with pytest.raises(train_llm.InputError, match=shared):
         train_llm.build_model(train_llm.parse_args(words))
 
 
