@@ -70,7 +70,7 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     """
     if model.config._attn_implementation == "varlen":  # needs no mask
         return True
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = getattr(model, name_of_decoder(model))
     classes = {type(part) for part in decoder.modules() if isinstance(part, PreTrainedModel)}
     calls = [call for found in classes for call in MASKS_MADE.findall(
         inspect.getsource(found.forward))]
@@ -78,6 +78,17 @@ def keeps_documents_apart(model: nn.Module) -> bool:
 
 
 MASKS_MADE = re.compile(r"(?:create_\w*mask\w*\(|mask_function\(|mask_kwargs = \{)[^)}]*")
+
+
+def name_of_decoder(model: nn.Module) -> str:
+    """The attribute that holds what makes hidden states of tokens, which the model's own forward
+    calls before its head. Raises InputError if it reaches into it instead, as OPT's does."""
+    calls = inspect.getsource(type(model).forward)
+    for name, child in model.named_children():
+        if isinstance(child, PreTrainedModel) and f"self.{name}(" in calls:
+            return name
+    raise InputError(f"the forward of {type(model).__name__} calls no decoder of its own before its"
+                     " head, so the loss cannot be computed in chunks; it cannot be trained here")
 
 
 def declares(config, feature: str) -> bool:
@@ -274,7 +285,7 @@ def build_forward(
 ) -> Callable:
     """What stands in for `model.forward`: it returns the loss, so that logits never leave it."""
     loss_of = torch.compile(loss_and_slope, dynamic=False) if compiled else loss_and_slope
-    decoder_name = model.base_model_prefix
+    decoder_name = name_of_decoder(model)
     in_decoder = {id(module) for module in getattr(model, decoder_name).modules()}
     head = [(module, name) for module in model.modules() if id(module) not in in_decoder
             for name, weight in module._parameters.items() if weight is not None]

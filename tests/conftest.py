@@ -69,8 +69,10 @@ def build_tiny_model(folder: Path, kind: str = "llama", *, dtype="float32", file
     name = {"llama": "Llama", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
             "mistral": "Mistral", "deepseek": "DeepseekV3", "mixtral": "Mixtral",
             "gpt-oss": "GptOss", "gemma4": "Gemma4Text", "mamba": "Mamba",
-            "falcon-h1": "FalconH1"}[kind]
+            "falcon-h1": "FalconH1", "llama4": "Llama4Text", "opt": "OPT"}[kind]
     extra = {"gpt-oss": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
+             "llama4": dict(num_local_experts=2, intermediate_size_mlp=96, attention_chunk_size=9),
+             "opt": dict(ffn_dim=96, word_embed_proj_dim=48),
              "falcon-h1": dict(mamba_d_ssm=96, mamba_n_heads=4, mamba_d_head=24, mamba_d_state=8),
              "gemma4": dict(vocab_size_per_layer_input=vocabulary, global_head_dim=24,
                             hidden_size_per_layer_input=8, sliding_window=9,

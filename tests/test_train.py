@@ -227,11 +227,11 @@ def test_a_changed_first_document_leaves_the_logits_of_the_second_bit_equal(
     assert not torch.equal(logits(tokens), logits(changed)), "unmasked, they must differ"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "gemma4", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "gpt-oss", "gemma4", "mamba", "llama4"])
 def test_without_document_mask_a_row_is_one_stretch_of_text(
     kind, tmp_path, tiny, corpus, rows_dir
 ):
-    if kind != "llama":  # sinks, heads of several widths, no heads at all
+    if kind != "llama":  # sinks, heads of several widths, no heads at all, chunks
         tiny = build_tiny_model(tmp_path / kind, kind)
     main_in_process(**RECIPE | dict(
         experiment_name="open", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
@@ -266,6 +266,13 @@ def test_a_model_whose_layers_share_parameters_is_refused(tmp_path, corpus):
                        document_mask=False, **RECIPE)
     shared = "shared_transf.* and .*shared_transf.* one parameter"
     with pytest.raises(train_llm.InputError, match=shared):
+        train_llm.build_model(train_llm.parse_args(words))
+
+
+def test_a_model_whose_head_reaches_into_the_decoder_is_refused(tmp_path, corpus):
+    words = options_of(experiment_name="x", model_name=build_tiny_model(tmp_path, "opt"),
+                       dataset_name=corpus, document_mask=False, **RECIPE)
+    with pytest.raises(train_llm.InputError, match="OPTForCausalLM calls no decoder of its own"):
         train_llm.build_model(train_llm.parse_args(words))
 
 
