@@ -1,4 +1,4 @@
-"""Who the processes of a run are, how they find each other, wait, and sum gradients.
+"""Who the processes of a run are, how they find each other, wait, gather weights, sum gradients.
 
 Slow work by one process (reading a data set, opening weights) makes the others wait, and a NCCL
 collective gives up after ten minutes. So they wait on the key-value store that torchrun brings,
