@@ -6,8 +6,8 @@ Groups, each one start of the processes, through the script itself:
   numbers  losses of off, on and optimizer, clipping active, 1 and 4 micro steps (--model: real one)
   wide     layers as wide as Llama 3.1 405B's: the update hidden, exposed, and left out, in one run
   kept     the same, where the state of the first layer stays on the GPUs (--gpu-optimizer-gib), on
-           one long row a GPU (--row), all of it one document, so that the forward pass of a layer
-           takes as long as the CPU's step of it; layer inputs wait in host memory
+           one long row a GPU (--row, --layers), all of it one document, so that the forward pass
+           of a layer takes as long as the CPU's step of it; layer inputs wait in host memory
   deep     the same with more and narrower layers, as wide as 70B's
   memory   peak GPU and host memory a parameter, three modes at two sizes
   killed   a rank killed in the middle of an overlapped step, and the run resumed
@@ -436,6 +436,7 @@ def main() -> None:
     parser.add_argument("--micro-steps", type=lambda text: [int(n) for n in text.split(",")],
                         default=[1, 4], help="of `numbers`")
     parser.add_argument("--tokens", type=int, default=256, help="in a row of `numbers`")
+    parser.add_argument("--layers", type=int, default=3, help="of `kept`")
     parser.add_argument("--row", type=int, default=55296, help="tokens in a row of `kept`")
     parser.add_argument("--budget", type=float, default=540, help="seconds")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
@@ -458,8 +459,8 @@ def main() -> None:
         wide = deep = dict(hidden=256, mlp=512, layers=2, heads=4, batch=2, tokens=128,
                            elements=1 << 22)
     # The root, the embedding and the first layer stay on the GPUs.
-    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, batch=1, tokens=args.row, compile=True,
-                document_mask=False, checkpoint_activations="offload")
+    kept = dict(gpu_optimizer_gib=26 * 2 / GPUS, layers=args.layers, batch=1, tokens=args.row,
+                compile=True, document_mask=False, checkpoint_activations="offload")
     if args.quick:
         kept |= dict(gpu_optimizer_gib=0.02, batch=2, tokens=128)
     groups = {"numbers": bench.numbers, "wide": lambda: bench.hidden("wide", **wide),
