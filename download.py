@@ -22,6 +22,7 @@ story of the weights, in section 9.
 import argparse
 import bisect
 import codecs
+import ctypes
 import errno
 import fcntl
 import gzip
@@ -31,6 +32,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -285,7 +287,8 @@ def prepare_apart(**inputs) -> None:
             words += [flag] if isinstance(value, bool) else [option, str(value)]
     if rows_folder(**inputs).exists():
         return
-    status = subprocess.run(words, stdout=sys.stderr).returncode
+    status = subprocess.run(
+        words, stdout=sys.stderr, env=os.environ | {"ROWS_FOR": str(os.getpid())}).returncode
     if status < 0:
         print(file=sys.stderr)  # ends the line of its progress bar
         raise InputError(f"the rows could not be prepared: signal {-status} ended download.py"
@@ -293,6 +296,14 @@ def prepare_apart(**inputs) -> None:
                          " command makes them anew")
     if status:
         raise InputError("the rows could not be prepared: see download.py's message above")
+
+
+def end_with(parent: str | None) -> None:
+    """Have the system end this process when the one with this number ends, however it does."""
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):  # it ended before that
+            sys.exit(143)
 
 
 def report(folder: Path) -> str:
@@ -1840,4 +1851,5 @@ def verify_folder(folder: Path, *, skip_model: bool = False,
 
 if __name__ == "__main__":
     sys.stderr = LossyStream(sys.stderr)
+    end_with(os.environ.get("ROWS_FOR"))
     sys.exit(main())

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, WORDS, build_tokenizer, run
+from test_launch import is_alive, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import download
@@ -206,6 +207,23 @@ def test_a_kill_in_the_middle_leaves_nothing_whole_and_the_next_call_succeeds(in
     assert left_in(folder.parent) == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == [
         "marks.bin", "meta.json", "targets.bin", "tokens.bin"]
+
+
+def test_rows_are_made_no_longer_for_a_trainer_that_was_killed(inputs):
+    write_lines(Path(inputs["dataset_name"]), [" ".join(WORDS) * 500] * 1500)
+    inputs["rows_dir"] = str(inputs["rows_dir"])
+    trainer = subprocess.Popen([sys.executable, "-c", (
+        f"import download; download.prepare_apart(**{inputs!r})")], cwd=ROOT,
+        stderr=subprocess.DEVNULL)
+    folder = rows_folder(**inputs)
+    while not (begun := list(folder.parent.glob(".*.tmp-*"))):
+        time.sleep(0.01)
+    maker = int(begun[0].name.rpartition("-")[2])
+    assert is_alive(maker)
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not is_alive(maker), seconds=10)
+    assert not folder.exists()
 
 
 def test_of_two_processes_at_once_one_makes_the_rows_and_both_report_them(inputs):
