@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+import try_models
 from conftest import (
     ROOT,
     build_tiny_model,
+    build_tokenizer,
     main_in_process,
     on_ranks,
     options_of,
@@ -254,6 +256,14 @@ def test_without_document_mask_a_row_is_one_stretch_of_text(
 def test_varlen_is_for_models_whose_attention_it_computes(kind, suits):
     config = train_llm.AutoConfig.for_model(kind)
     assert train_llm.layers.suits_varlen(config) == suits
+
+
+@pytest.mark.parametrize("kind", (
+    "deepseek_v3 gemma3_text glm4_moe gpt2 granite llama4 mixtral olmo2 phi3 qwen3_moe seed_oss"
+    " smollm3").split())
+def test_models_of_many_kinds_are_taken_as_they_are(kind, tmp_path):
+    build_tokenizer(tmp_path)
+    assert try_models.try_kind(kind, tmp_path) == ("taken", "")
 
 
 def test_a_model_whose_layers_share_parameters_is_refused(tmp_path, corpus):
