@@ -25,9 +25,8 @@ JOIN_SECONDS = 1800  # libraries on a slow shared drive can take minutes to load
 # Elements of a unit's gradient that are summed at a time: 2 GiB in bfloat16. Each piece waits once
 # or twice for a matrix product to leave the GPU; in 12 pieces a layer of 405B took a layer's time.
 PIECE = 2**30
-# The names are those of torch 2.13, and of 2.11.
+# The name is that of torch 2.13, and of 2.11.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -191,11 +190,9 @@ class GradientSum:
         size, me = max(1, PIECE // self.ranks), dist.get_rank(self.within)
         for place in range(0, len(total), size):
             mine = total[place : place + size]
-            starts = [[(node * self.local + r) * len(total) + place for node in range(self.nodes)]
-                      for r in range(self.local)]
             # What the ranks r of all nodes are to sum, of each parameter's gradient by itself.
-            sent = [[part for start in starts[r]
-                     for part in parts_of(gradients, start, start + len(mine))]
+            sent = [[part for node in range(self.nodes) for part in parts_of(
+                        gradients, (node * self.local + r) * len(total) + place, len(mine))]
                     for r in range(self.local)]
             # Not all_to_all, in which NCCL copies a rank's own part, too.
             arrived = [sent[r] if r == me else list(map(torch.empty_like, sent[me]))
@@ -222,7 +219,7 @@ class GradientSum:
         """Have the gradients of a unit's parameters come here as they are, where they are sent."""
         if self.ranks == 1 or self.given == self.summed:  # NCCL alone sums: it wants one tensor
             return
-        for handle in (unit._handle for unit in FSDP.fsdp_modules(model) if unit._handle):
+        for handle in handles_of(model):
             # Private (torch 2.11, 2.13): makes the unit's parameters, views of what was gathered.
             handle._get_unflat_views = functools.partial(
                 self.make_views, handle, handle._get_unflat_views)
@@ -294,7 +291,7 @@ def gather_in_place(model: FSDP) -> None:
 
     FSDP converts it in memory of its own, and NCCL then copies it to there.
     """
-    for handle in (unit._handle for unit in FSDP.fsdp_modules(model) if unit._handle):
+    for handle in handles_of(model):
         # Private (torch 2.11, 2.13), as is all that is asked for here.
         if handle.uses_sharded_strategy and handle._uses_param_mixed_precision and (
                 not handle._offload_params):
@@ -304,22 +301,23 @@ def gather_in_place(model: FSDP) -> None:
 
 
 def gather(handle, of_fsdp: Callable, whole: torch.Tensor) -> torch.Tensor:
-    if handle._force_full_precision:
-        return of_fsdp(whole)
-    parts = whole.chunk(handle.world_size)
-    parts[handle.rank].copy_(handle.flat_param._local_shard)
-    if whole.is_cuda:
-        all_gather(whole, parts[handle.rank], group=handle.process_group)
-    else:
-        dist.all_gather(list(parts), parts[handle.rank], group=handle.process_group)
-    return whole
+    if not handle._force_full_precision:
+        part = whole.chunk(handle.world_size)[handle.rank]
+        part.copy_(handle.flat_param._local_shard)
+        handle.flat_param.data = part  # which FSDP gathers, and replaces by the whole
+    return of_fsdp(whole)
 
 
-def parts_of(tensors: list[torch.Tensor], start: int, end: int) -> list[torch.Tensor]:
-    """Views of the elements `start` to `end` of 1-D tensors that lie one behind the other."""
+def handles_of(model: FSDP) -> Iterable:
+    """Of the units of `model`, what FSDP keeps of each: `_handle`, private (torch 2.11, 2.13)."""
+    return [unit._handle for unit in FSDP.fsdp_modules(model) if unit._handle]
+
+
+def parts_of(tensors: list[torch.Tensor], start: int, size: int) -> list[torch.Tensor]:
+    """Views of `size` elements from `start` on, of 1-D tensors that lie one behind the other."""
     found, place = [], 0
     for tensor in tensors:
-        first, last = max(start - place, 0), min(end - place, len(tensor))
+        first, last = max(start - place, 0), min(start + size - place, len(tensor))
         if first < last:
             found.append(tensor[first:last])
         place += len(tensor)

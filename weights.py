@@ -404,11 +404,11 @@ def refuse_shared(model: nn.Module, layer_classes: set[type]) -> None:
     and keeps the shards of, by itself."""
     names, seen = names_of_tensors(model), set()
     for held in units_of(model, layer_classes).values():
-        own = {id(p) for module in held for p in module._parameters.values() if p is not None}
-        for shared in own & seen:
-            raise InputError(f"{' and '.join(names[shared])} are one parameter in several layers,"
-                             f" which FSDP cannot shard; {type(model).__name__} cannot be trained"
-                             " here")
+        own = {id(p) for module in held for p in module.parameters(recurse=False)}
+        if shared := own & seen:
+            raise InputError(f"{' and '.join(names[shared.pop()])} are one parameter in several"
+                             f" layers, which FSDP cannot shard; {type(model).__name__} cannot be"
+                             " trained here")
         seen |= own
 
 

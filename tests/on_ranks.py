@@ -28,6 +28,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -115,21 +116,19 @@ def forbid_syncs():
 
 @contextlib.contextmanager
 def in_bfloat16(gradients: str):
-    names = [(train_llm, "FSDP"), (train_llm, "compute_dtype"),
-             (train_llm.ranks, "gather_in_place"), (train_llm.GradientSum, "take_unjoined")]
-    kept = [getattr(owner, name) for owner, name in names]
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-    train_llm.FSDP = lambda model, **options: FSDP(
-        model, **options | {"mixed_precision": precision})
-    train_llm.compute_dtype = lambda device: torch.bfloat16
+    changes = [
+        (train_llm, "FSDP", lambda model, **options: FSDP(
+            model, **options | {"mixed_precision": precision})),
+        (train_llm, "compute_dtype", lambda device: torch.bfloat16),
+    ]
     if gradients == "joined":
-        train_llm.GradientSum.take_unjoined = lambda self, model: None
-        train_llm.ranks.gather_in_place = lambda model: None
-    try:
+        changes += [(train_llm.GradientSum, "take_unjoined", lambda self, model: None),
+                    (train_llm.ranks, "gather_in_place", lambda model: None)]
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(patch.object(*change))
         yield
-    finally:
-        for (owner, name), value in zip(names, kept, strict=True):
-            setattr(owner, name, value)
 
 
 class AnonymousMemory:

@@ -216,9 +216,8 @@ def test_rows_are_made_no_longer_for_a_trainer_that_was_killed(inputs):
         f"import download; download.prepare_apart(**{inputs!r})")], cwd=ROOT,
         stderr=subprocess.DEVNULL)
     folder = rows_folder(**inputs)
-    while not (begun := list(folder.parent.glob(".*.tmp-*"))):
-        time.sleep(0.01)
-    maker = int(begun[0].name.rpartition("-")[2])
+    wait_for(lambda: any(folder.parent.glob(".*.tmp-*")))
+    maker = int(next(folder.parent.glob(".*.tmp-*")).name.rpartition("-")[2])
     assert is_alive(maker)
     trainer.kill()
     trainer.wait()

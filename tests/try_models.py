@@ -4,7 +4,7 @@
 
 Each kind's own default config, two layers deep where it lets itself be told, is built on the meta
 device by the script itself: with the document mask, else without. Nothing is trained; that is for
-the tests, with some. Kinds whose default config transformers itself cannot build are left out.
+the tests, with some. Kinds whose default config transformers itself cannot build are told apart.
 """
 
 import argparse

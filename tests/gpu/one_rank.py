@@ -89,7 +89,7 @@ def stand_in(world_size: int) -> None:
     dist.all_gather_into_tensor = dist.all_gather_single = all_gather
     dist.all_gather, dist.all_reduce, dist.batch_isend_irecv = all_gather_list, all_reduce, swap
     dist.all_gather_object, dist.broadcast_object_list = gather_objects, lambda *_, **__: None
-    ranks.reduce_scatter, ranks.all_gather = reduce_scatter, all_gather
+    ranks.reduce_scatter = reduce_scatter
 
     def fake(make: Callable) -> Callable:
         return lambda *args, **kwargs: make(*args, **kwargs | {"backend": "fake"})
