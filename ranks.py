@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from download import InputError
@@ -123,6 +124,47 @@ def while_others_wait(work: Callable, key: str, *, alone: bool, store: dist.Stor
             sys.exit(1)
 
 
+class NodeMemory:
+    """Memory of all ranks, which are of one node, that each of their GPUs reads and writes.
+
+    NCCL copies with kernels, and these keep matrix products from multiprocessors. To and from this
+    memory the GPUs' copy engines copy, beside the products.
+
+    It has two halves, used by turns: after `wait` nobody uses what was `turn`ed to before.
+    """
+
+    def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup):
+        """For `count` elements of each rank. All ranks of `group` must come here together."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        own = symmetric_memory.empty(2, count, dtype=dtype, device=device)
+        self.shared = symmetric_memory.rendezvous(own, group.group_name)
+        self.halves = [[self.shared.get_buffer(rank, (2, count), dtype)[half]
+                        for rank in range(group.size())] for half in range(2)]
+
+    def turn(self) -> list[torch.Tensor]:
+        """What this use may fill and read: (count,) of each rank."""
+        self.halves.reverse()
+        return self.halves[0]
+
+    def wait(self) -> None:
+        """Let the GPU's stream wait until those of all ranks have come here. A rank that stays away
+        for longer than NCCL would wait is a CUDA error."""
+        self.shared.barrier(timeout_ms=600_000)
+
+
+def reach_each_other(processes: Processes) -> bool:
+    """Whether all ranks are of one node, and their GPUs reach each other's memory."""
+    here, count = processes.device.index, processes.world_size
+    reached = (
+        processes.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == count > 1
+        and os.environ.get("NCCL_P2P_DISABLE") != "1"
+        and all(torch.cuda.can_device_access_peer(here, other)
+                for other in range(count) if other != here))
+    everywhere = torch.tensor(float(reached))
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere)
+
+
 class GradientSum:
     """Sums the gradient of an FSDP unit over the ranks, and keeps this rank's part.
 
@@ -147,8 +189,10 @@ class GradientSum:
                  compiled: bool = False):
         """`given`: the dtype of gradients; `summed`: that of their sums, and of their addition."""
         self.given, self.summed, self.ranks = given, summed, processes.world_size
+        self.processes = processes
         self.before: torch.cuda.Event | None = None  # the end of the sum before
         self.unjoined: dict[int, list[torch.Tensor]] = {}  # by the address of their stand-in
+        self.inbox: NodeMemory | None = None
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         if given == summed:
             self.all = dist.new_group(backend=backend)
@@ -194,15 +238,7 @@ class GradientSum:
             sent = [[part for node in range(self.nodes) for part in parts_of(
                         gradients, (node * self.local + r) * len(total) + place, len(mine))]
                     for r in range(self.local)]
-            # Not all_to_all, in which NCCL copies a rank's own part, too.
-            arrived = [sent[r] if r == me else list(map(torch.empty_like, sent[me]))
-                       for r in range(self.local)]
-            swaps = [dist.P2POp(do, part, group=self.within, group_peer=r)
-                     for r in range(self.local) if r != me
-                     for do, parts in ((dist.isend, sent[r]), (dist.irecv, arrived[r]))
-                     for part in parts]
-            for swap in dist.batch_isend_irecv(swaps) if swaps else []:
-                swap.wait()
+            arrived = self.deliver(sent, me) if self.inbox else self.swap(sent, me)
             of_node = mine if self.nodes == 1 else mine.new_empty(self.nodes * len(mine))
             sums = of_node.split([len(part) for part in sent[me]])
             for part_sum, *parts in zip(sums, *arrived, strict=True):
@@ -215,11 +251,42 @@ class GradientSum:
                 gradient.record_stream(torch.cuda.current_stream())
         return total
 
+    def swap(self, sent: list[list[torch.Tensor]], me: int) -> list[list[torch.Tensor]]:
+        """`sent[r]` is for rank r of this node; returns what each has for this one."""
+        # Not all_to_all, in which NCCL copies a rank's own part, too.
+        arrived = [sent[r] if r == me else list(map(torch.empty_like, sent[me]))
+                   for r in range(self.local)]
+        swaps = [dist.P2POp(do, part, group=self.within, group_peer=r)
+                 for r in range(self.local) if r != me
+                 for do, parts in ((dist.isend, sent[r]), (dist.irecv, arrived[r]))
+                 for part in parts]
+        for swap in dist.batch_isend_irecv(swaps) if swaps else []:
+            swap.wait()
+        return arrived
+
+    def deliver(self, sent: list[list[torch.Tensor]], me: int) -> list[list[torch.Tensor]]:
+        """The same, by the GPUs' copy engines."""
+        sizes = [len(part) for part in sent[me]]
+        memory = [whole.view(self.local - 1, -1)[:, : sum(sizes)] for whole in self.inbox.turn()]
+        others = [(me + step) % self.local for step in range(1, self.local)]
+        for r in others:
+            mine = memory[r][(me - r) % self.local - 1]
+            for part, place in zip(sent[r], mine.split([len(p) for p in sent[r]]), strict=True):
+                place.copy_(part)
+        self.inbox.wait()
+        return [sent[r] if r == me else memory[me][(r - me) % self.local - 1].split(sizes)
+                for r in range(self.local)]
+
     def take_unjoined(self, model: FSDP) -> None:
         """Have the gradients of a unit's parameters come here as they are, where they are sent."""
         if self.ranks == 1 or self.given == self.summed:  # NCCL alone sums: it wants one tensor
             return
-        for handle in handles_of(model):
+        handles = handles_of(model)
+        if reach_each_other(self.processes):
+            largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
+            self.inbox = NodeMemory((self.local - 1) * min(largest, PIECE // self.ranks),
+                                    self.given, self.within)
+        for handle in handles:
             # Private (torch 2.11, 2.13): makes the unit's parameters, views of what was gathered.
             handle._get_unflat_views = functools.partial(
                 self.make_views, handle, handle._get_unflat_views)
@@ -286,26 +353,41 @@ class Unjoined(torch.autograd.Function):
         return None, None, None
 
 
-def gather_in_place(model: FSDP) -> None:
+def gather_in_place(model: FSDP, processes: Processes) -> None:
     """Have each rank convert its shard of a unit to where it belongs in the unit that is gathered.
 
     FSDP converts it in memory of its own, and NCCL then copies it to there.
     """
-    for handle in handles_of(model):
-        # Private (torch 2.11, 2.13), as is all that is asked for here.
-        if handle.uses_sharded_strategy and handle._uses_param_mixed_precision and (
-                not handle._offload_params):
-            handle._use_low_precision_shard = lambda: None
-            handle._all_gather_flat_param = functools.partial(
-                gather, handle, handle._all_gather_flat_param)
+    # Private (torch 2.11, 2.13), as is all that is asked for here.
+    handles = [handle for handle in handles_of(model) if handle.uses_sharded_strategy
+               and handle._uses_param_mixed_precision and not handle._offload_params]
+    outbox = None
+    if handles and reach_each_other(processes):
+        largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
+        outbox = NodeMemory(largest, handles[0]._fwd_bwd_param_dtype, dist.group.WORLD)
+    for handle in handles:
+        handle._use_low_precision_shard = lambda: None
+        handle._all_gather_flat_param = functools.partial(
+            gather, handle, handle._all_gather_flat_param, outbox)
 
 
-def gather(handle, of_fsdp: Callable, whole: torch.Tensor) -> torch.Tensor:
-    if not handle._force_full_precision:
-        part = whole.chunk(handle.world_size)[handle.rank]
-        part.copy_(handle.flat_param._local_shard)
-        handle.flat_param.data = part  # which FSDP gathers, and replaces by the whole
-    return of_fsdp(whole)
+def gather(
+    handle, of_fsdp: Callable, outbox: NodeMemory | None, whole: torch.Tensor
+) -> torch.Tensor:
+    if handle._force_full_precision:
+        return of_fsdp(whole)
+    shard, parts, me = handle.flat_param._local_shard, whole.chunk(handle.world_size), handle.rank
+    if outbox is None:
+        parts[me].copy_(shard)
+        handle.flat_param.data = parts[me]  # which FSDP gathers, and replaces by the whole
+        return of_fsdp(whole)
+    sources = outbox.turn()
+    sources[me][: len(shard)].copy_(shard)
+    outbox.wait()
+    for step in range(len(parts)):
+        r = (me + step) % len(parts)  # from different ranks at a time
+        parts[r].copy_(sources[r][: len(shard)])
+    return whole
 
 
 def handles_of(model: FSDP) -> Iterable:

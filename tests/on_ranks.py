@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -42,7 +43,7 @@ import train_llm
 
 def train(
     argv: list[str], apart: bool = False, refused: str = "", block_bytes: int = 4096,
-    no_sync: bool = False, bfloat16: str = "",
+    no_sync: bool = False, bfloat16: str = "", copies: str = "",
 ) -> None:
     print("job", *argv[:2], file=sys.stderr, flush=True)
     train_llm.checkpoints.BLOCK_BYTES = block_bytes  # so few that tiny tensors have several blocks
@@ -52,7 +53,8 @@ def train(
         argv = [word.replace("HOST", rank) for word in argv]
     try:
         with (forbid_syncs() if no_sync else contextlib.nullcontext(),
-              in_bfloat16(bfloat16) if bfloat16 else contextlib.nullcontext()):
+              in_bfloat16(bfloat16) if bfloat16 else contextlib.nullcontext(),
+              copied_by(copies) if copies else contextlib.nullcontext()):
             train_llm.main(argv)
     except train_llm.InputError as error:
         if not refused:
@@ -124,7 +126,38 @@ def in_bfloat16(gradients: str):
     ]
     if gradients == "joined":
         changes += [(train_llm.GradientSum, "take_unjoined", lambda self, model: None),
-                    (train_llm.ranks, "gather_in_place", lambda model: None)]
+                    (train_llm.ranks, "gather_in_place", lambda model, processes: None)]
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(patch.object(*change))
+        yield
+
+
+class FileMemory(train_llm.ranks.NodeMemory):
+    """Stands in for that of GPUs, among processes of one machine."""
+
+    def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup):
+        folder = [tempfile.mkdtemp()]
+        dist.broadcast_object_list(folder, src=0, group=group)
+        self.group = group
+        for _ in range(2):  # at first each its own; then those of all are there
+            files = [torch.from_file(f"{folder[0]}/{rank}", shared=True, size=2 * count,
+                                     dtype=dtype).fill_(torch.nan).view(2, count)
+                     for rank in range(group.size())]
+            self.wait()
+        self.halves = [[file[half] for file in files] for half in range(2)]
+
+    def wait(self) -> None:
+        dist.barrier(self.group)
+
+
+@contextlib.contextmanager
+def copied_by(copies: str):
+    """Units and gradients by "nccl" (or gloo) even where GPUs reach each other, or, "memory", as
+    GPUs do that reach each other, in small pieces, on CPU processes."""
+    changes = [(train_llm.ranks, "reach_each_other", lambda processes: copies == "memory")]
+    if copies == "memory":
+        changes += [(train_llm.ranks, "NodeMemory", FileMemory), (train_llm.ranks, "PIECE", 3000)]
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(patch.object(*change))

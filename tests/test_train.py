@@ -74,11 +74,16 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "unjoined-tied": (2, "gemma", dict(batch_size=3, max_steps=4)),
         "unjoined-on-the-host": (2, "llama", dict(batch_size=3, max_steps=4,
                                                   cpu_offload="optimizer")),
+        "unjoined-memory": (3, "llama", dict(batch_size=1, max_steps=4)),
+        "unjoined-tied-memory": (2, "gemma", dict(batch_size=3, max_steps=4)),
+        "unjoined-on-the-host-memory": (2, "llama", dict(batch_size=3, max_steps=4,
+                                                         cpu_offload="optimizer")),
         "random-1": (1, "llama", dict(random_init=True, max_steps=1)),
         "random-3": (3, "llama", dict(random_init=True, max_steps=1)),
     }
     on_ranks(3, [
-        {"do": "train", "ranks": ranks, "bfloat16": BFLOAT16.search(name)[0], "argv": options_of(
+        {"do": "train", "ranks": ranks, "bfloat16": BFLOAT16.search(name)[0],
+         "copies": "memory" if name.endswith("memory") else "", "argv": options_of(
             experiment_name=name, save_dir=folder, rows_dir=rows_dir, model_name=models[model],
             dataset_name=corpus, **(RECIPE | extra))}
         for name, (ranks, model, extra) in plan.items()
@@ -146,10 +151,11 @@ def test_recomputation_changes_not_one_bit(runs):
 
 @pytest.mark.parametrize("setting", ["", "-tied", "-on-the-host"])
 def test_gradients_that_are_never_joined_train_bit_for_bit_as_those_that_fsdp_joins(runs, setting):
-    joined, unjoined = (
-        [(row["loss"], row["grad_norm"]) for row in read_metrics(runs[f"{how}joined{setting}"])]
-        for how in ("", "un"))
+    joined, unjoined, copied = (
+        [(row["loss"], row["grad_norm"]) for row in read_metrics(runs[name.format(setting)])]
+        for name in ("joined{}", "unjoined{}", "unjoined{}-memory"))
     assert joined == unjoined and len(joined) == 4 and joined[-1][0] < joined[0][0]
+    assert joined == copied
 
 
 def test_gradients_of_a_unit_that_is_used_twice_are_added_where_they_lie():
