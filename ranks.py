@@ -189,7 +189,7 @@ class GradientSum:
                  compiled: bool = False):
         """`given`: the dtype of gradients; `summed`: that of their sums, and of their addition."""
         self.given, self.summed, self.ranks = given, summed, processes.world_size
-        self.processes = processes
+        self.near = reach_each_other(processes)
         self.before: torch.cuda.Event | None = None  # the end of the sum before
         self.unjoined: dict[int, list[torch.Tensor]] = {}  # by the address of their stand-in
         self.inbox: NodeMemory | None = None
@@ -242,8 +242,7 @@ class GradientSum:
             of_node = mine if self.nodes == 1 else mine.new_empty(self.nodes * len(mine))
             sums = of_node.split([len(part) for part in sent[me]])
             for part_sum, *parts in zip(sums, *arrived, strict=True):
-                # Without .data the compiler compiles anew for each kind of view.
-                self.add_up([part.data for part in parts], part_sum.data)
+                self.add_up([plain(part) for part in parts], plain(part_sum))
             if self.nodes > 1:
                 reduce_scatter(mine, of_node, group=self.between)
         if total.is_cuda:  # FSDP's stream for sums; gradients come from the one that computes
@@ -282,7 +281,7 @@ class GradientSum:
         if self.ranks == 1 or self.given == self.summed:  # NCCL alone sums: it wants one tensor
             return
         handles = handles_of(model)
-        if reach_each_other(self.processes):
+        if self.near:
             largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
             self.inbox = NodeMemory((self.local - 1) * min(largest, PIECE // self.ranks),
                                     self.given, self.within)
@@ -353,11 +352,12 @@ class Unjoined(torch.autograd.Function):
         return None, None, None
 
 
-def gather_in_place(model: FSDP, processes: Processes) -> None:
+def gather_in_place(model: FSDP, processes: Processes, *, compiled: bool) -> None:
     """Have each rank convert its shard of a unit to where it belongs in the unit that is gathered.
 
     FSDP converts it in memory of its own, and NCCL then copies it to there.
     """
+    to_places = torch.compile(convert, dynamic=True) if compiled else convert
     # Private (torch 2.11, 2.13), as is all that is asked for here.
     handles = [handle for handle in handles_of(model) if handle.uses_sharded_strategy
                and handle._uses_param_mixed_precision and not handle._offload_params]
@@ -368,26 +368,39 @@ def gather_in_place(model: FSDP, processes: Processes) -> None:
     for handle in handles:
         handle._use_low_precision_shard = lambda: None
         handle._all_gather_flat_param = functools.partial(
-            gather, handle, handle._all_gather_flat_param, outbox)
+            gather, handle, handle._all_gather_flat_param, to_places, outbox)
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, as a view of nothing. For views the compiler makes code anew for each kind
+    and place, and cannot see that they are aligned."""
+    return torch.from_dlpack(tensor.detach())
+
+
+@torch.no_grad()
 def gather(
-    handle, of_fsdp: Callable, outbox: NodeMemory | None, whole: torch.Tensor
+    handle, of_fsdp: Callable, to_places: Callable, outbox: NodeMemory | None, whole: torch.Tensor
 ) -> torch.Tensor:
     if handle._force_full_precision:
         return of_fsdp(whole)
     shard, parts, me = handle.flat_param._local_shard, whole.chunk(handle.world_size), handle.rank
     if outbox is None:
-        parts[me].copy_(shard)
+        to_places(plain(shard), [plain(parts[me])])
         handle.flat_param.data = parts[me]  # which FSDP gathers, and replaces by the whole
         return of_fsdp(whole)
-    sources = outbox.turn()
-    sources[me][: len(shard)].copy_(shard)
+    sources = [source[: len(shard)] for source in outbox.turn()]
+    to_places(plain(shard), [plain(parts[me]), plain(sources[me])])
     outbox.wait()
-    for step in range(len(parts)):
-        r = (me + step) % len(parts)  # from different ranks at a time
-        parts[r].copy_(sources[r][: len(shard)])
+    for step in range(1, len(parts)):
+        r = (me + step) % len(parts)  # from another rank than others at a time
+        parts[r].copy_(sources[r])
     return whole
+
+
+def convert(tensor: torch.Tensor, places: list[torch.Tensor]) -> None:
+    """To the dtype of `places`. Compiled, it is one pass over the memory."""
+    for place in places:
+        place.copy_(tensor)
 
 
 def handles_of(model: FSDP) -> Iterable:

@@ -558,7 +558,7 @@ def shard(
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     filler.finish(sharded)
     gradient_sum.take_unjoined(sharded)
-    ranks.gather_in_place(sharded, processes)
+    ranks.gather_in_place(sharded, processes, compiled=args.compile)
     if on_gpu:
         torch.cuda.empty_cache()  # what whole units in float32 took while they were loaded
     for name, fact in facts.items():

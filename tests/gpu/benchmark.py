@@ -41,7 +41,7 @@ from transformers.utils import is_flash_attn_2_available
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from conftest import build_tokenizer, on_ranks, options_of, read_metrics
-from projection import VOCABULARY
+from projection import BY_NCCL, VOCABULARY
 
 import layers
 import ranks
@@ -139,7 +139,7 @@ class Bench:
         jobs = {}
         for name, options in cases.items():
             self.runs += 1
-            jobs[name] = {"do": "train", "argv": self.words(
+            jobs[name] = {"do": "train", "copies": options.get("copies", ""), "argv": self.words(
                 f"run-{self.runs}", width=width, layers=layers, seq_length=seq_length,
                 vocabulary=vocabulary, gpus=gpus, **options)}
         groups = {}
@@ -177,8 +177,8 @@ class Bench:
             {"gpus": self.gpus, "versions": self.versions, "tables": self.tables}, indent=2))
 
     def words(self, name: str, *, width: str, layers: int, seq_length: int, vocabulary: int,
-              gpus: int, micro_steps: int = 1, **options) -> list[str]:
-        """What train_llm.py is told."""
+              gpus: int, micro_steps: int = 1, copies: str = "", **options) -> list[str]:
+        """What train_llm.py is told; `copies` is for tests/on_ranks.py."""
         model = build_slice(self.folder / f"{width}-{layers}-{vocabulary}", width, layers,
                             vocabulary)
         return options_of(**dict(
@@ -190,6 +190,7 @@ class Bench:
 
     def time_unsharded(self, *, gpus: int, **about) -> dict[str, float]:
         """Measured once for each kind of layer and length of row."""
+        about.pop("copies", None)  # there are none
         key = str(about)
         if key not in self.unsharded:
             words = self.words("unsharded", gpus=1, **about)
@@ -268,6 +269,9 @@ KINDS_405B = {
     "float8 tensorwise": dict(compile=True, float8="tensorwise"),
     "float8 rowwise": dict(compile=True, float8="rowwise"),
 }
+# Within a node the GPUs' copy engines carry units and gradients, between nodes NCCL does.
+KINDS_405B |= {kind + BY_NCCL: KINDS_405B[kind] | dict(copies="nccl")
+               for kind in ("bfloat16 compiled", "float8 tensorwise")}
 
 
 def bench_405b(

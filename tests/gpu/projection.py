@@ -47,6 +47,7 @@ class Llama:
 LLAMA = {"8B": Llama(4096, 14336, 32), "70B": Llama(8192, 28672, 80),
          "405B": Llama(16384, 53248, 126)}
 VOCABULARY = 8192  # of the slices
+BY_NCCL = ", by NCCL"  # a case of scaling.py that is measured twice: as here, and as between nodes
 HOST = 2e12  # bytes of host memory in a node, at most
 MODES = {"off": {"gpu": 16, "host": 0}, "optimizer": {"gpu": 2, "host": 16},  # bytes a parameter
          "on": {"gpu": 0, "host": 16}}
@@ -159,6 +160,8 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
         nvlink = 2 * LAYER * (few - 1) / few / alone["all_gather"]
         gather, add_up = collective_seconds(gpus, nvlink=nvlink, network=0.8 * network)
         for kind, layer in kinds.items():
+            if kind + BY_NCCL in kinds:  # this one is of a single node
+                continue
             working, sizes = working_memory(tables, tokens, kind)
             for device, memory in MEMORY.items():
                 mode, inputs_away, held, _, fits = fastest(
@@ -172,7 +175,8 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
                                     update=update)
                 flops = flops_per_token(SHAPE, PARAMETERS - HEAD, tokens)
                 rows.append({
-                    "GPUs": f"{gpus} {device}", "tokens": tokens, "compute": kind,
+                    "GPUs": f"{gpus} {device}", "tokens": tokens,
+                    "compute": kind.removesuffix(BY_NCCL),
                     "layer from": few, **took, "tokens/s/GPU": tokens / took["step"],
                     "MFU": tokens / took["step"] * flops / PEAK_FLOPS[device],
                     "GB": held / 1e9,

@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark import EIGHT_B_MORE, WIDTHS, Bench, bench_405b, median_seconds
 from conftest import ROOT, options_of, read_metrics, torchrun
-from projection import LLAMA
+from projection import BY_NCCL, LLAMA
 
 import ranks
 
@@ -73,6 +74,20 @@ def time_collectives(out: Path) -> None:
     own = gradient[:part].clone()
     found["reduce_scatter float32"] = median_seconds(
         lambda: dist.reduce_scatter_tensor(own, gradient))
+    if sum_over_ranks.near:
+        memory = [ranks.NodeMemory(part * (count - 1), torch.bfloat16, dist.group.WORLD)
+                  for _ in range(2)]
+        sum_over_ranks.inbox = memory[0]
+        unit = SimpleNamespace(
+            flat_param=SimpleNamespace(_local_shard=torch.zeros(part, device="cuda")),
+            world_size=count, rank=processes.rank, _force_full_precision=False)
+        to_places = torch.compile(ranks.convert, dynamic=True)
+        found |= {
+            "all_gather by copy engines": median_seconds(
+                lambda: ranks.gather(unit, None, to_places, memory[1], weights)),
+            "gradient sum by copy engines": median_seconds(
+                lambda: sum_over_ranks(weights, shard)),
+        }
     if processes.rank == 0:
         out.write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -92,7 +107,6 @@ def bench_slices(bench: Bench, sizes: list[int], lengths: list[int]) -> None:
             continue
         alone = bench.tables[f"collectives of one 405B layer, {gpus} GPUs"] = json.loads(
             file.read_text())
-        own = 2 * alone["all_gather"] + alone["gradient sum"]
         print(f"\ncollectives of one 405B layer, {gpus} GPUs, ms: " + ", ".join(
             f"{name} {seconds * 1e3:.1f}" for name, seconds in alone.items()))
         print("| case | s a layer | exposed share of its collectives | weak scaling |\n|" +
@@ -101,7 +115,11 @@ def bench_slices(bench: Bench, sizes: list[int], lengths: list[int]) -> None:
             first = bench.tables.get(f"one 405B layer, {about}, {sizes[0]} GPUs", {})
             for kind, row in bench.tables[f"one 405B layer, {about}, {gpus} GPUs"].items():
                 both = row["forward"] + row["backward"]
-                row["exposed"] = (both - row["unsharded"]) / own
+                way = " by copy engines"
+                if kind.endswith(BY_NCCL) or f"all_gather{way}" not in alone:
+                    way = ""
+                row["exposed"] = (both - row["unsharded"]) / (
+                    2 * alone[f"all_gather{way}"] + alone[f"gradient sum{way}"])
                 few = sum(first[kind][phase] for phase in ("forward", "backward")) if (
                     kind in first) else math.nan  # the update is shared out, and would flatter
                 row["weak scaling"] = few / both

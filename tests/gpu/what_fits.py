@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from projection import LLAMA, MEMORY, MODES, NODE, Llama, fastest, needed, working_memory
+from projection import BY_NCCL, LLAMA, MEMORY, MODES, NODE, Llama, fastest, needed, working_memory
 
 
 def best(shape: Llama, gpus: int, memory: float, **about) -> str:
@@ -46,7 +46,7 @@ def main() -> None:
     modes = {mode: {kind: max(counted, round(measured[mode][f"{kind} bytes a parameter"], 1))
                     for kind, counted in by_count.items()} for mode, by_count in MODES.items()}
     working, sizes = working_memory(
-        json.loads(args.scaling.read_text())["tables"], args.tokens, "bfloat16 compiled")
+        json.loads(args.scaling.read_text())["tables"], args.tokens, "bfloat16 compiled" + BY_NCCL)
     if args.one_rank:
         working = max(working, full_depth_working(json.loads(args.one_rank.read_text()), modes))
     print("| model | GPUs | " + " | ".join(f"GB on each {name}, on each host of {NODE}"
