@@ -6,6 +6,7 @@ which is patient, and through which a failure travels too. Without torchrun ther
 """
 
 import functools
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from download import InputError
+
+log = logging.getLogger("train_llm")
 
 JOIN_SECONDS = 1800  # libraries on a slow shared drive can take minutes to load
 # Elements of a unit's gradient that are summed at a time: 2 GiB in bfloat16. Each piece waits once
@@ -160,9 +163,25 @@ def reach_each_other(processes: Processes) -> bool:
         and os.environ.get("NCCL_P2P_DISABLE") != "1"
         and all(torch.cuda.can_device_access_peer(here, other)
                 for other in range(count) if other != here))
-    everywhere = torch.tensor(float(reached))
-    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-    return bool(everywhere)
+    if not everywhere(reached):
+        return False
+    try:
+        NodeMemory(1, torch.bfloat16, dist.group.WORLD)
+    except RuntimeError as error:
+        log.warning("GPUs reach each other here, but cannot share memory (%s): NCCL carries units"
+                    " and gradients", str(error).splitlines()[0])
+        reached = False
+    reached = everywhere(reached)
+    if reached:
+        log.info("one node: its GPUs' copy engines carry units and gradients")
+    return reached
+
+
+def everywhere(here: bool) -> bool:
+    """Whether it is so on all ranks."""
+    found = torch.tensor(float(here))
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found)
 
 
 class GradientSum:
@@ -189,7 +208,6 @@ class GradientSum:
                  compiled: bool = False):
         """`given`: the dtype of gradients; `summed`: that of their sums, and of their addition."""
         self.given, self.summed, self.ranks = given, summed, processes.world_size
-        self.near = reach_each_other(processes)
         self.before: torch.cuda.Event | None = None  # the end of the sum before
         self.unjoined: dict[int, list[torch.Tensor]] = {}  # by the address of their stand-in
         self.inbox: NodeMemory | None = None
@@ -200,8 +218,7 @@ class GradientSum:
         self.add_up = torch.compile(add_up, dynamic=True) if compiled else add_up
         nodes, local = (int(os.environ.get(name, 1)) for name in
                         ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        even = torch.tensor(float(nodes * local == self.ranks))
-        dist.all_reduce(even, dist.ReduceOp.MIN)
+        even = everywhere(nodes * local == self.ranks)
         self.nodes, self.local = (nodes, local) if even else (self.ranks, 1)
         grid = torch.arange(self.ranks).view(self.nodes, self.local)
         self.within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), backend=backend)
@@ -276,12 +293,13 @@ class GradientSum:
         return [sent[r] if r == me else memory[me][(r - me) % self.local - 1].split(sizes)
                 for r in range(self.local)]
 
-    def take_unjoined(self, model: FSDP) -> None:
-        """Have the gradients of a unit's parameters come here as they are, where they are sent."""
+    def take_unjoined(self, model: FSDP, *, near: bool) -> None:
+        """Have the gradients of a unit's parameters come here as they are, where they are sent: by
+        the GPUs' copy engines if all are `near`."""
         if self.ranks == 1 or self.given == self.summed:  # NCCL alone sums: it wants one tensor
             return
         handles = handles_of(model)
-        if self.near:
+        if near:
             largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
             self.inbox = NodeMemory((self.local - 1) * min(largest, PIECE // self.ranks),
                                     self.given, self.within)
@@ -352,17 +370,27 @@ class Unjoined(torch.autograd.Function):
         return None, None, None
 
 
-def gather_in_place(model: FSDP, processes: Processes, *, compiled: bool) -> None:
+def carry(
+    model: FSDP, gradient_sum: GradientSum, processes: Processes, *, compiled: bool
+) -> None:
+    """Have units gathered and their gradients taken as told here, not as FSDP does by itself."""
+    near = reach_each_other(processes)
+    gradient_sum.take_unjoined(model, near=near)
+    gather_in_place(model, near=near, compiled=compiled)
+
+
+def gather_in_place(model: FSDP, *, near: bool, compiled: bool) -> None:
     """Have each rank convert its shard of a unit to where it belongs in the unit that is gathered.
 
-    FSDP converts it in memory of its own, and NCCL then copies it to there.
+    FSDP converts it in memory of its own, and NCCL then copies it to there. If all GPUs are `near`,
+    their copy engines gather, from where each rank converts its shard to besides.
     """
     to_places = torch.compile(convert, dynamic=True) if compiled else convert
     # Private (torch 2.11, 2.13), as is all that is asked for here.
     handles = [handle for handle in handles_of(model) if handle.uses_sharded_strategy
                and handle._uses_param_mixed_precision and not handle._offload_params]
     outbox = None
-    if handles and reach_each_other(processes):
+    if handles and near:
         largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
         outbox = NodeMemory(largest, handles[0]._fwd_bwd_param_dtype, dist.group.WORLD)
     for handle in handles:

@@ -557,8 +557,7 @@ def shard(
     # After FSDP: inside out, saved optimizer state would no longer find its parameters.
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     filler.finish(sharded)
-    gradient_sum.take_unjoined(sharded)
-    ranks.gather_in_place(sharded, processes, compiled=args.compile)
+    ranks.carry(sharded, gradient_sum, processes, compiled=args.compile)
     if on_gpu:
         torch.cuda.empty_cache()  # what whole units in float32 took while they were loaded
     for name, fact in facts.items():

@@ -9,7 +9,8 @@ which of them are not bit for bit those of `from_pretrained`; or {"do": "load", 
 "out": PATH, "cold": true}: shard a model, and write to PATH.RANK how long it took and how much
 anonymous memory this process had at most. In "train" with "apart", each rank is a host of its own,
 and "HOST" in its words is its number; with "refused": PATH, its InputError is written to PATH.RANK.
-With "bfloat16" it computes as on a GPU, "unjoined" (as it is) or "joined" (as FSDP does by itself).
+With "bfloat16" it computes as on a GPU, "unjoined" (as it is) or "joined" (as FSDP does by itself);
+with "copies", units and gradients go as `copied_by` says.
 {"do": "add_up", "out": PATH}: sum gradients as if on one node, on several and on uneven ones, and
 write how far each is from the true sum to PATH.RANK.
 {"do": "copy", "run": FOLDER, "to": FOLDER, "without": [GLOB, ...]}: copy a run, in part.
@@ -125,8 +126,7 @@ def in_bfloat16(gradients: str):
         (train_llm, "compute_dtype", lambda device: torch.bfloat16),
     ]
     if gradients == "joined":
-        changes += [(train_llm.GradientSum, "take_unjoined", lambda self, model: None),
-                    (train_llm.ranks, "gather_in_place", lambda *_, **__: None)]
+        changes.append((train_llm.ranks, "carry", lambda *_, **__: None))
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(patch.object(*change))
@@ -140,11 +140,12 @@ class FileMemory(train_llm.ranks.NodeMemory):
         folder = [tempfile.mkdtemp()]
         dist.broadcast_object_list(folder, src=0, group=group)
         self.group = group
-        for _ in range(2):  # at first each its own; then those of all are there
-            files = [torch.from_file(f"{folder[0]}/{rank}", shared=True, size=2 * count,
-                                     dtype=dtype).fill_(torch.nan).view(2, count)
-                     for rank in range(group.size())]
-            self.wait()
+        files = [torch.from_file(f"{folder[0]}/{rank}", shared=True, size=2 * count,
+                                 dtype=dtype).view(2, count) for rank in range(group.size())]
+        files[group.rank()].fill_(torch.nan)  # of what is read before it was written
+        self.wait()
+        if group.rank() == 0:
+            shutil.rmtree(folder[0])
         self.halves = [[file[half] for file in files] for half in range(2)]
 
     def wait(self) -> None:

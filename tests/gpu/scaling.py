@@ -74,7 +74,7 @@ def time_collectives(out: Path) -> None:
     own = gradient[:part].clone()
     found["reduce_scatter float32"] = median_seconds(
         lambda: dist.reduce_scatter_tensor(own, gradient))
-    if sum_over_ranks.near:
+    if ranks.reach_each_other(processes):
         memory = [ranks.NodeMemory(part * (count - 1), torch.bfloat16, dist.group.WORLD)
                   for _ in range(2)]
         sum_over_ranks.inbox = memory[0]

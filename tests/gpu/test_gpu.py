@@ -47,6 +47,7 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     options = {
         "plain": dict(batch_size=2),
         "again": dict(batch_size=2),
+        "by-nccl": dict(batch_size=2),
         "accumulated": dict(batch_size=1),
         "on": dict(batch_size=2, checkpoint_activations="on"),
         "offload": dict(batch_size=2, checkpoint_activations="offload"),
@@ -78,9 +79,11 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
             if "compile" in extra and ranks == 1:
                 continue  # refused with accumulation; one start of compiling is enough
             names[name, ranks] = folder / f"{name}-{ranks}"
-            jobs.append({"do": "train", "no_sync": name == "no-sync", "argv": options_of(**dict(
-                experiment_name=f"{name}-{ranks}", save_dir=folder, rows_dir=rows_dir,
-                model_name=models["llama"], dataset_name=corpus) | RECIPE | extra)})
+            jobs.append({
+                "do": "train", "no_sync": name == "no-sync",
+                "copies": "nccl" if name == "by-nccl" else "", "argv": options_of(**dict(
+                    experiment_name=f"{name}-{ranks}", save_dir=folder, rows_dir=rows_dir,
+                    model_name=models["llama"], dataset_name=corpus) | RECIPE | extra)})
         on_ranks(ranks, jobs, folder)
     return names | {"models": models}
 
@@ -109,7 +112,7 @@ def test_options_that_only_move_memory_change_not_one_bit(runs):
     far = {(name, ranks): max(abs(a - b) for a, b in zip(
         losses(runs[name, ranks]), losses(runs["plain", ranks]), strict=True))
         for ranks in (1, 2)[:GPUS]
-        for name in ("again", "on", "offload", "selective", "prefetch", "unlimited",
+        for name in ("again", "by-nccl", "on", "offload", "selective", "prefetch", "unlimited",
                      "embedding-in-root")}
     # Units cut in other places: each rank's norm is of other parameters, and rounds differently.
     cut_otherwise = far.pop(("embedding-in-root", 2), 0)
