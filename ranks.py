@@ -12,9 +12,11 @@ import signal
 import sys
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -136,10 +138,14 @@ class NodeMemory:
     It has two halves, used by turns: after `wait` nobody uses what was `turn`ed to before.
     """
 
+    every: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+
     def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup):
         """For `count` elements of each rank. All ranks of `group` must come here together."""
         device = torch.device("cuda", torch.cuda.current_device())
         own = symmetric_memory.empty(2, count, dtype=dtype, device=device)
+        self.bytes = own.nbytes
+        self.every.add(self)
         self.shared = symmetric_memory.rendezvous(own, group.group_name)
         self.halves = [[self.shared.get_buffer(rank, (2, count), dtype)[half]
                         for rank in range(group.size())] for half in range(2)]
@@ -155,12 +161,17 @@ class NodeMemory:
         self.shared.barrier(timeout_ms=600_000)
 
 
+def node_memory_bytes() -> int:
+    """On this GPU; PyTorch's allocator counts none of it."""
+    return sum(memory.bytes for memory in NodeMemory.every)
+
+
 def reach_each_other(processes: Processes) -> bool:
     """Whether all ranks are of one node, and their GPUs reach each other's memory."""
     here, count = processes.device.index, processes.world_size
     reached = (
         processes.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == count > 1
-        and os.environ.get("NCCL_P2P_DISABLE") != "1"
+        and os.environ.get("NCCL_P2P_DISABLE") != "1" and torch.cuda.device_count() >= count
         and all(torch.cuda.can_device_access_peer(here, other)
                 for other in range(count) if other != here))
     if not everywhere(reached):

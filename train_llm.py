@@ -908,8 +908,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     `alloc_retries`: how often the GPU stood still because all memory was reserved.
     """
     if device.type == "cuda":
-        return {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-                "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        more = ranks.node_memory_bytes()
+        return {"peak_memory_gib": (torch.cuda.max_memory_allocated() + more) / 2**30,
+                "peak_reserved_gib": (torch.cuda.max_memory_reserved() + more) / 2**30,
                 "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
     return {"peak_memory_gib": resident / 2**20}
