@@ -176,16 +176,26 @@ def reach_each_other(processes: Processes) -> bool:
                 for other in range(count) if other != here))
     if not everywhere(reached):
         return False
+    why = why_not_shared(processes)
+    if not everywhere(not why):
+        log.warning("this node's GPUs should share memory, but do not (%s): NCCL carries units and"
+                    " gradients, which is slower", why or "see the other ranks' logs")
+        return False
+    log.info("one node: its GPUs' copy engines carry units and gradients")
+    return True
+
+
+def why_not_shared(processes: Processes) -> str:
+    """What goes wrong when each rank writes a number where all others read it; else nothing."""
     try:
-        NodeMemory(1, torch.bfloat16, dist.group.WORLD)
-    except RuntimeError as error:
-        log.warning("GPUs reach each other here, but cannot share memory (%s): NCCL carries units"
-                    " and gradients", str(error).splitlines()[0])
-        reached = False
-    reached = everywhere(reached)
-    if reached:
-        log.info("one node: its GPUs' copy engines carry units and gradients")
-    return reached
+        memory = NodeMemory(1, torch.float32, dist.group.WORLD)
+        places = memory.turn()
+        places[processes.rank].fill_(processes.rank)
+        memory.wait()
+        found, wanted = [place.item() for place in places], list(range(len(places)))
+    except Exception as error:  # of whatever kind: PyTorch does not call this interface its final
+        return (str(error) or repr(error)).splitlines()[0]
+    return "" if found == wanted else f"read {found} where {wanted} was written"
 
 
 def everywhere(here: bool) -> bool:

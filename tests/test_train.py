@@ -176,6 +176,23 @@ def test_gradients_of_a_unit_that_is_used_twice_are_added_where_they_lie():
     assert torch.equal(joined, plain.grad) and plain.grad.any()
 
 
+def test_gpus_that_claim_to_share_memory_are_tried(monkeypatch):
+    here = SimpleNamespace(rank=1)
+
+    def memory(*numbers):
+        places = [torch.tensor([float(number)]) for number in numbers]
+        return lambda *_: SimpleNamespace(turn=lambda: places, wait=lambda: None)
+
+    def broken(*_):
+        raise AttributeError("no such\ninterface")
+
+    garbage = "read [0.0, 1.0, 7.0] where [0, 1, 2] was written"
+    for stand_in, why in (
+            (memory(0, 9, 2), ""), (broken, "no such"), (memory(0, 9, 7), garbage)):
+        monkeypatch.setattr(train_llm.ranks, "NodeMemory", stand_in)
+        assert train_llm.ranks.why_not_shared(here) == why
+
+
 def test_dropout_is_drawn_anew_each_step_and_the_same_each_run(runs):
     losses = [[row["loss"] for row in read_metrics(runs[name])[:3]]
               for name in ("dropout", "dropout-again", "two")]
