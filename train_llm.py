@@ -6,9 +6,9 @@
 
 Read it from top to bottom. Each section opens with the problem it solves, the idea, and the cost;
 `main` is the whole story on one screen; what follows it stands in the order in which it is used.
-How ranks meet and sum gradients (ranks.py), weights are read (weights.py), rows ordered (rows.py),
-layers computed (layers.py), AdamW stepped in host memory (offload.py) and checkpoints written
-(checkpoints.py) are other stories.
+How ranks meet (ranks.py), what FSDP gathers and sums travels (units.py), weights are read
+(weights.py), rows ordered (rows.py), layers computed (layers.py), AdamW stepped in host memory
+(offload.py) and checkpoints written (checkpoints.py) are other stories.
 
 A *row* is one sequence of tokens; a *micro step* is a forward and backward pass of `--batch-size`
 rows on every rank; a *step* is micro steps of `--global-batch-size` rows, and one update. A
@@ -60,11 +60,11 @@ import checkpoints
 import download
 import layers
 import offload
-import ranks
+import units
 import weights
 from checkpoints import clean, write_json
 from download import InputError, first_line
-from ranks import GradientSum, Processes, join_processes, planned_processes, while_others_wait
+from ranks import Processes, join_processes, planned_processes, while_others_wait
 from rows import Rows, find_rows, row_inputs
 
 log = logging.getLogger("train_llm")
@@ -522,8 +522,8 @@ def shard(
     unsharded, by name), `matmul_parameters`, `sum_over_ranks`.
     """
     on_gpu, dtype = processes.device.type == "cuda", compute_dtype(processes.device)
-    gradient_sum = GradientSum(processes, given=dtype, summed=getattr(torch, args.reduce_dtype),
-                               compiled=args.compile)
+    gradient_sum = units.GradientSum(
+        processes, given=dtype, summed=getattr(torch, args.reduce_dtype), compiled=args.compile)
     facts = {
         "tensor_names": set(model.state_dict()),
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
@@ -533,7 +533,7 @@ def shard(
     layer_classes = decoder_layer_classes(model)
     # A tied embedding is the output layer's weight too, which the root unit needs to the end.
     apart = {nn.Embedding} if args.wrap_embedding and not layers.tied_embeddings(model) else set()
-    # GradientSum converts gradients; with one rank there is no sum, and FSDP does. It then keeps
+    # units.GradientSum converts gradients; with one rank there is no sum, and FSDP does. It then keeps
     # whole parameters, too, and would say so every unit.
     reduce_dtype = dtype if processes.world_size > 1 else gradient_sum.summed
     mixed_precision = MixedPrecision(param_dtype=dtype, reduce_dtype=reduce_dtype)
@@ -557,7 +557,7 @@ def shard(
     # After FSDP: inside out, saved optimizer state would no longer find its parameters.
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     filler.finish(sharded)
-    ranks.carry(sharded, gradient_sum, processes, compiled=args.compile)
+    units.carry(sharded, gradient_sum, processes, compiled=args.compile)
     if on_gpu:
         torch.cuda.empty_cache()  # what whole units in float32 took while they were loaded
     for name, fact in facts.items():
@@ -908,7 +908,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     `alloc_retries`: how often the GPU stood still because all memory was reserved.
     """
     if device.type == "cuda":
-        more = ranks.node_memory_bytes()
+        more = units.node_memory_bytes()
         return {"peak_memory_gib": (torch.cuda.max_memory_allocated() + more) / 2**30,
                 "peak_reserved_gib": (torch.cuda.max_memory_reserved() + more) / 2**30,
                 "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0)}

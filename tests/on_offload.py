@@ -72,7 +72,7 @@ def compare(argv: list[str], out: str, dtype: str) -> None:
     dtype = getattr(torch, dtype)
     train_llm.compute_dtype = lambda device: dtype
     mixed = MixedPrecision(param_dtype=dtype, reduce_dtype=dtype)  # as it is on GPUs
-    sys.modules["ranks"].PIECE = 1000  # several to a unit
+    sys.modules["units"].PIECE = 1000  # several to a unit
     sys.modules["offload"].PIECE = 256  # several to a parameter
     train_llm.FSDP = lambda *given, **named: FSDP(*given, **named | {"mixed_precision": mixed})
     args = train_llm.parse_args(argv)

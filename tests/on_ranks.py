@@ -126,14 +126,14 @@ def in_bfloat16(gradients: str):
         (train_llm, "compute_dtype", lambda device: torch.bfloat16),
     ]
     if gradients == "joined":
-        changes.append((train_llm.ranks, "carry", lambda *_, **__: None))
+        changes.append((train_llm.units, "carry", lambda *_, **__: None))
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(patch.object(*change))
         yield
 
 
-class FileMemory(train_llm.ranks.NodeMemory):
+class FileMemory(train_llm.units.NodeMemory):
     """Stands in for that of GPUs, among processes of one machine."""
 
     def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup):
@@ -156,9 +156,9 @@ class FileMemory(train_llm.ranks.NodeMemory):
 def copied_by(copies: str):
     """Units and gradients by "nccl" (or gloo) even where GPUs reach each other, or, "memory", as
     GPUs do that reach each other, in small pieces, on CPU processes."""
-    changes = [(train_llm.ranks, "reach_each_other", lambda processes: copies == "memory")]
+    changes = [(train_llm.units, "reach_each_other", lambda processes: copies == "memory")]
     if copies == "memory":
-        changes += [(train_llm.ranks, "NodeMemory", FileMemory), (train_llm.ranks, "PIECE", 3000)]
+        changes += [(train_llm.units, "NodeMemory", FileMemory), (train_llm.units, "PIECE", 3000)]
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(patch.object(*change))
@@ -224,7 +224,7 @@ def load(argv: list[str], out: str, cold: bool) -> None:
 
 def add_up(out: str) -> None:
     here, found = train_llm.join_processes(), {}
-    sys.modules["ranks"].PIECE = 1000
+    sys.modules["units"].PIECE = 1000
     ranks = here.world_size
     gradients = [torch.randn(ranks * 1001, generator=torch.Generator().manual_seed(rank))
                  for rank in range(ranks)]
@@ -234,7 +234,7 @@ def add_up(out: str) -> None:
             given = [gradient.to(here.device, dtype) for gradient in gradients]
             wanted = torch.stack(given).double().sum(0).chunk(ranks)[here.rank]
             shard = torch.empty(1001, dtype=dtype, device=here.device)
-            sum_over_ranks = train_llm.GradientSum(
+            sum_over_ranks = train_llm.units.GradientSum(
                 here, given=dtype, summed=torch.float32,
                 compiled=here.device.type == "cuda" and nodes == 1)
             groups = {vars(sum_over_ranks).get(name) for name in ("within", "between", "all")}

@@ -161,7 +161,7 @@ def test_gradients_that_are_never_joined_train_bit_for_bit_as_those_that_fsdp_jo
 def test_gradients_of_a_unit_that_is_used_twice_are_added_where_they_lie():
     """With padding before, between and behind, a parameter that is transposed, and one unused."""
     here = train_llm.planned_processes()
-    sums = train_llm.GradientSum.__new__(train_llm.GradientSum)
+    sums = train_llm.units.GradientSum.__new__(train_llm.units.GradientSum)
     sums.unjoined, values = {}, torch.randn(40, dtype=torch.bfloat16, device=here.device)
 
     def split(unit):
@@ -189,8 +189,8 @@ def test_gpus_that_claim_to_share_memory_are_tried(monkeypatch):
     garbage = "read [0.0, 1.0, 7.0] where [0, 1, 2] was written"
     for stand_in, why in (
             (memory(0, 9, 2), ""), (broken, "no such"), (memory(0, 9, 7), garbage)):
-        monkeypatch.setattr(train_llm.ranks, "NodeMemory", stand_in)
-        assert train_llm.ranks.why_not_shared(here) == why
+        monkeypatch.setattr(train_llm.units, "NodeMemory", stand_in)
+        assert train_llm.units.why_not_shared(here) == why
 
 
 def test_dropout_is_drawn_anew_each_step_and_the_same_each_run(runs):

@@ -36,6 +36,7 @@ from projection import NODE
 import offload
 import ranks
 import train_llm
+import units
 import weights
 
 
@@ -89,8 +90,8 @@ def stand_in(world_size: int) -> None:
     dist.all_gather_into_tensor = dist.all_gather_single = all_gather
     dist.all_gather, dist.all_reduce, dist.batch_isend_irecv = all_gather_list, all_reduce, swap
     dist.all_gather_object, dist.broadcast_object_list = gather_objects, lambda *_, **__: None
-    ranks.reduce_scatter = reduce_scatter
-    ranks.reach_each_other = lambda processes: False  # nobody is there
+    units.reduce_scatter = reduce_scatter
+    units.reach_each_other = lambda processes: False  # nobody is there
 
     def fake(make: Callable) -> Callable:
         return lambda *args, **kwargs: make(*args, **kwargs | {"backend": "fake"})

@@ -77,7 +77,7 @@ def collective_seconds(gpus: int, *, nvlink: float, network: float) -> tuple[flo
     """Seconds to gather one layer's bfloat16 weights, and to sum its gradients, on `gpus`.
 
     `nvlink`, `network`: bytes a second into one GPU. The sum: bfloat16 within a node, then each
-    GPU's eighth in float32 between nodes (ranks.GradientSum).
+    GPU's eighth in float32 between nodes (units.GradientSum).
     """
     nodes, whole = gpus // NODE, 2 * LAYER
     gather = max(whole * (gpus - 1) / gpus / nvlink, whole * (nodes - 1) / nodes / NODE / network)

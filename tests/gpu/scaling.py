@@ -41,6 +41,7 @@ from conftest import ROOT, options_of, read_metrics, torchrun
 from projection import BY_NCCL, LLAMA
 
 import ranks
+import units
 
 STATE = 16  # bytes a parameter: weights, gradients, two moments
 PASS_BYTES = 50e9  # units and gradients on their way, activations, logits; seen at 405B's width
@@ -59,7 +60,7 @@ def fitting_layers(parameters: int, gpus: int) -> int:
 def time_collectives(out: Path) -> None:
     """Seconds that gathering and reducing one 405B layer take by themselves, on these ranks."""
     processes = ranks.join_processes()
-    sum_over_ranks = ranks.GradientSum(
+    sum_over_ranks = units.GradientSum(
         processes, given=torch.bfloat16, summed=torch.float32, compiled=True)
     part, count = LLAMA["405B"].layer // processes.world_size, processes.world_size
     weights = torch.zeros(part * count, dtype=torch.bfloat16, device="cuda")
@@ -74,17 +75,17 @@ def time_collectives(out: Path) -> None:
     own = gradient[:part].clone()
     found["reduce_scatter float32"] = median_seconds(
         lambda: dist.reduce_scatter_tensor(own, gradient))
-    if ranks.reach_each_other(processes):
-        memory = [ranks.NodeMemory(part * (count - 1), torch.bfloat16, dist.group.WORLD)
+    if units.reach_each_other(processes):
+        memory = [units.NodeMemory(part * (count - 1), torch.bfloat16, dist.group.WORLD)
                   for _ in range(2)]
         sum_over_ranks.inbox = memory[0]
         unit = SimpleNamespace(
             flat_param=SimpleNamespace(_local_shard=torch.zeros(part, device="cuda")),
             world_size=count, rank=processes.rank, _force_full_precision=False)
-        to_places = torch.compile(ranks.convert, dynamic=True)
+        to_places = torch.compile(units.convert, dynamic=True)
         found |= {
             "all_gather by copy engines": median_seconds(
-                lambda: ranks.gather(unit, None, to_places, memory[1], weights)),
+                lambda: units.gather(unit, None, to_places, memory[1], weights)),
             "gradient sum by copy engines": median_seconds(
                 lambda: sum_over_ranks(weights, shard)),
         }
