@@ -533,7 +533,7 @@ def shard(
     layer_classes = decoder_layer_classes(model)
     # A tied embedding is the output layer's weight too, which the root unit needs to the end.
     apart = {nn.Embedding} if args.wrap_embedding and not layers.tied_embeddings(model) else set()
-    # units.GradientSum converts gradients; with one rank there is no sum, and FSDP does. It then keeps
+    # GradientSum converts gradients; with one rank there is no sum, and FSDP does. It then keeps
     # whole parameters, too, and would say so every unit.
     reduce_dtype = dtype if processes.world_size > 1 else gradient_sum.summed
     mixed_precision = MixedPrecision(param_dtype=dtype, reduce_dtype=reduce_dtype)
