@@ -569,14 +569,17 @@ def read_data(name: str, subset: str | None, split: str, bad: BadRows) -> Iterat
     with tqdm(total=total, unit="B", unit_scale=True, mininterval=interval) as bar:
         for path in paths:
             done = bar.n
-            with (open(path, "rb") as file,
-                  gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as stream):
-                try:
+            try:
+                with (open(path, "rb") as file,
+                      gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as stream):
                     for row in reader_of(path)(path, stream, bad):
                         bar.update(done + file.tell() - bar.n)
                         yield row
-                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    raise InputError(f"{path} is not whole ({error}); copy it again") from error
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise InputError(f"{path} is not whole ({error}); copy it again") from error
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror}); give this user the"
+                                 " right to, look at its disk, or take it away") from error
 
 
 def load_hub_dataset(name: str, subset: str | None, split: str):

@@ -204,8 +204,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.global_batch_size % rows:
         raise OptionError(
             f"--global-batch-size {args.global_batch_size} must be a multiple of {rows}, the rows"
-            f" of one micro step over all ranks ({rows // args.batch_size} ranks of --batch-size"
-            f" {args.batch_size})"
+            f" of one micro step over all ranks (--batch-size {args.batch_size} on"
+            f" {rows // args.batch_size})"
         )
     if Path(args.experiment_name).name != args.experiment_name or args.experiment_name[:1] in ".-":
         raise OptionError(f"--experiment-name {args.experiment_name!r} must be a plain folder name")

@@ -396,6 +396,18 @@ def test_bad_data_are_told_by_file_and_line_and_leave_nothing(inputs, tmp_path, 
     assert not inputs["rows_dir"].exists() or left_in(inputs["rows_dir"]) == []
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_data_file_that_cannot_be_read_is_told_as_that(inputs, tmp_path, monkeypatch, number):
+    def read(path, stream, bad):
+        yield "line 1", {"text": "the cat"}
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("download.reader_of", lambda path: read)
+    with pytest.raises(InputError, match=r"\.jsonl cannot be read \((Permission|Input)"):
+        prepare_rows(**inputs)
+    assert not inputs["rows_dir"].exists() or left_in(inputs["rows_dir"]) == []
+
+
 def test_bad_rows_of_parquet_are_told_by_row(inputs, tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"messages": [b"a"]}), path)  # JSON has no bytes
