@@ -1,8 +1,9 @@
 """Who the processes of a run are, how they find each other, and how they wait.
 
-Slow work by one process (reading a data set, opening weights) makes the others wait, and a NCCL
-collective gives up after ten minutes. So they wait on the key-value store that torchrun brings,
-which is patient, and through which a failure travels too. Without torchrun there is one process.
+Slow work by one process (reading a data set, opening weights) makes the others wait, and a
+collective gives up after half an hour at most. So they wait on the key-value store that torchrun
+brings, which is patient, and through which a failure travels too. Without torchrun there is one
+process.
 """
 
 import os

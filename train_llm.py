@@ -557,9 +557,9 @@ def shard(
     # After FSDP: inside out, saved optimizer state would no longer find its parameters.
     layers.recompute_or_compile(sharded, tuple(layer_classes), args)
     filler.finish(sharded)
-    units.carry(sharded, gradient_sum, processes, compiled=args.compile)
     if on_gpu:
         torch.cuda.empty_cache()  # what whole units in float32 took while they were loaded
+    units.carry(sharded, gradient_sum, processes, compiled=args.compile)
     for name, fact in facts.items():
         setattr(sharded, name, fact)
     return sharded

@@ -5,6 +5,7 @@ gradients to sum them in float32, and has NCCL send while the GPU computes, with
 multiprocessors from matrix products. What is here spares each of these; `carry` puts it in place.
 """
 
+import ctypes
 import functools
 import logging
 import os
@@ -65,6 +66,7 @@ class NodeMemory:
 
     def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup):
         """For `count` elements of each rank. All ranks of `group` must come here together."""
+        count = aligned(count)  # the second half, too
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # one more thing to fail
         device = torch.device("cuda", torch.cuda.current_device())
         own = symmetric_memory.empty(2, count, dtype=dtype, device=device)
@@ -81,8 +83,13 @@ class NodeMemory:
 
     def wait(self) -> None:
         """Let the GPU's stream wait until those of all ranks have come here. A rank that stays away
-        for longer than NCCL would wait is a CUDA error."""
-        self.shared.barrier(timeout_ms=600_000)
+        for half an hour, after which NCCL would give up, too, is a CUDA error."""
+        self.shared.barrier(timeout_ms=1_800_000)
+
+
+def aligned(count: int) -> int:
+    """The next number of elements of which so many bytes are a multiple of 16 in any dtype."""
+    return -(-count // 16) * 16
 
 
 def node_memory_bytes() -> int:
@@ -96,8 +103,8 @@ def reach_each_other(processes: Processes) -> bool:
     reached = (
         processes.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == count > 1
         and os.environ.get("NCCL_P2P_DISABLE") != "1" and torch.cuda.device_count() >= count
-        and all(torch.cuda.can_device_access_peer(here, other)
-                for other in range(count) if other != here))
+        and symmetric_memory.get_backend(processes.device) == "CUDA"  # others' barrier is another
+        and all(have_atomics(here, other) for other in range(count) if other != here))
     if not everywhere(reached):
         return False
     why = why_not_shared(processes)
@@ -109,17 +116,34 @@ def reach_each_other(processes: Processes) -> bool:
     return True
 
 
-def why_not_shared(processes: Processes) -> str:
-    """What goes wrong when each rank writes a number where all others read it; else nothing."""
+def have_atomics(gpu: int, other: int) -> bool:
+    """Whether one counts in the memory of the other, as `wait` does: over NVLink, not over PCIe."""
     try:
-        memory = NodeMemory(1, torch.float32, dist.group.WORLD)
-        places = memory.turn()
-        places[processes.rank].fill_(processes.rank)
-        memory.wait()
-        found, wanted = [place.item() for place in places], list(range(len(places)))
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    found, native_atomics = ctypes.c_int(), 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+    status = cuda.cuDeviceGetP2PAttribute(ctypes.byref(found), native_atomics, gpu, other)
+    return status == 0 and found.value == 1
+
+
+def why_not_shared(processes: Processes) -> str:
+    """What goes wrong when each rank writes a number into the memory of all; else nothing.
+
+    Without `wait`: what fails there, fails for good.
+    """
+    me, count, why = processes.rank, processes.world_size, ""
+    try:
+        memory = NodeMemory(count, torch.float32, dist.group.WORLD)
+        places, number = memory.turn(), torch.full((1,), float(me), device=processes.device)
+        for place in places:
+            place[me : me + 1].copy_(number)
+        torch.get_device_module(processes.device).synchronize()  # the copies are done, or failed
     except Exception as error:  # of whatever kind: see the names above
-        return (str(error) or repr(error)).splitlines()[0]
-    return "" if found == wanted else f"read {found} where {wanted} was written"
+        why = (str(error) or repr(error)).splitlines()[0]
+    if everywhere(not why) and (found := places[me][:count].tolist()) != list(range(count)):
+        why = f"of {count} numbers, {found} came"
+    return why
 
 
 # --- 2. Gathering a unit's weights ------------------------------------------------------------
@@ -290,8 +314,8 @@ class GradientSum:
         handles = handles_of(model)
         if near:
             largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
-            self.inbox = NodeMemory((self.local - 1) * min(largest, PIECE // self.ranks),
-                                    self.given, self.within)
+            row = aligned(min(largest, PIECE // self.ranks))
+            self.inbox = NodeMemory((self.local - 1) * row, self.given, self.within)
         for handle in handles:
             # Private (torch 2.11, 2.13): makes the unit's parameters, views of what was gathered.
             handle._get_unflat_views = functools.partial(

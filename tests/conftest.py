@@ -26,6 +26,12 @@ WORDS = "the a cat dog sees hears river stone under over and not sleeps runs gre
 LONGEST = ("test_launch_hosts", "test_state", "test_train", "test_offload", "test_rows")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """On a machine with GPUs, too, they are for the tests that ask for them."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that of several processes none ends alone with one."""
     items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))

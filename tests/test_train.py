@@ -177,20 +177,22 @@ def test_gradients_of_a_unit_that_is_used_twice_are_added_where_they_lie():
 
 
 def test_gpus_that_claim_to_share_memory_are_tried(monkeypatch):
-    here = SimpleNamespace(rank=1)
+    here = SimpleNamespace(rank=1, world_size=3, device=torch.device("cpu"))
+    monkeypatch.setattr(train_llm.units, "everywhere", lambda here: here)
 
-    def memory(*numbers):
-        places = [torch.tensor([float(number)]) for number in numbers]
-        return lambda *_: SimpleNamespace(turn=lambda: places, wait=lambda: None)
+    def memory(*numbers):  # of this rank, by others; and that of others
+        places = [torch.zeros(4), torch.tensor([*numbers, 0.0]), torch.zeros(4)]
+        return lambda *_: SimpleNamespace(turn=lambda: places)
 
     def broken(*_):
         raise AttributeError("no such\ninterface")
 
-    garbage = "read [0.0, 1.0, 7.0] where [0, 1, 2] was written"
+    garbage = "of 3 numbers, [0.0, 1.0, 7.0] came"
     for stand_in, why in (
             (memory(0, 9, 2), ""), (broken, "no such"), (memory(0, 9, 7), garbage)):
         monkeypatch.setattr(train_llm.units, "NodeMemory", stand_in)
         assert train_llm.units.why_not_shared(here) == why
+    assert not train_llm.units.have_atomics(0, 1)  # no GPU, no driver
 
 
 def test_dropout_is_drawn_anew_each_step_and_the_same_each_run(runs):
