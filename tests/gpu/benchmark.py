@@ -71,6 +71,8 @@ OPTIONS = {
     "`--reduce-dtype bfloat16`": dict(reduce_dtype="bfloat16"),
     "`--attn-implementation sdpa`": dict(attn_implementation="sdpa"),
     "`--no-document-mask`": dict(document_mask=False),
+    "by NCCL, as between nodes": dict(copies="nccl"),
+    "`--compile`, by NCCL": dict(compile=True, copies="nccl"),
     "4 micro steps": dict(micro_steps=4),
     "as it is, again": {},
 }
@@ -90,7 +92,8 @@ EIGHT_B_MORE = {
     f"{'bfloat16' if float8 == 'off' else 'float8'}{name and ', '}{name}":
         dict(compile=True, float8=float8, checkpoint_activations="selective") | option
     for name, option in {
-        "": {}, "`--reduce-dtype bfloat16`": dict(reduce_dtype="bfloat16"),
+        "": {}, "by NCCL": dict(copies="nccl"),
+        "`--reduce-dtype bfloat16`": dict(reduce_dtype="bfloat16"),
         "profiled": dict(profile=8), "`--batch-size 2`": dict(batch_size=2),
     }.items() for float8 in ("off", "tensorwise")
 }
