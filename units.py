@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+from download import first_line
 from ranks import Processes, everywhere
 
 log = logging.getLogger("train_llm")
@@ -43,10 +44,21 @@ def handles_of(model: FSDP) -> Iterable:
     return [unit._handle for unit in FSDP.fsdp_modules(model) if unit._handle]
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, as a view of nothing. For views the compiler makes code anew for each kind
-    and place, and cannot see that they are aligned."""
-    return torch.from_dlpack(tensor.detach())
+def largest_shard(handles: list) -> int:
+    """Elements that a rank has of the unit of which it has most."""
+    return max(handle.flat_param._sharded_size.numel() for handle in handles)
+
+
+def others(me: int, ranks: int) -> list[int]:
+    """The ranks but this one, so that no two ranks turn to the same one at a time."""
+    return [(me + step) % ranks for step in range(1, ranks)]
+
+
+def compile_plain(work: Callable) -> Callable:
+    """`work` compiled, given the same memory as views of nothing: for views the compiler makes code
+    anew for each kind and place, and cannot see that they are aligned."""
+    compiled = torch.compile(work, dynamic=True)
+    return lambda *tensors: compiled(*(torch.from_dlpack(each.detach()) for each in tensors))
 
 
 # --- 1. Memory that the GPUs of a node share --------------------------------------------------
@@ -140,7 +152,7 @@ def why_not_shared(processes: Processes) -> str:
             place[me : me + 1].copy_(number)
         torch.get_device_module(processes.device).synchronize()  # the copies are done, or failed
     except Exception as error:  # of whatever kind: see the names above
-        why = (str(error) or repr(error)).splitlines()[0]
+        why = first_line(error)
     if everywhere(not why) and (found := places[me][:count].tolist()) != list(range(count)):
         why = f"of {count} numbers, {found} came"
     return why
@@ -154,14 +166,14 @@ def why_not_shared(processes: Processes) -> str:
 
 def gather_in_place(model: FSDP, *, near: bool, compiled: bool) -> None:
     """Take over the gathering of all units that are converted on the GPU."""
-    to_places = torch.compile(convert, dynamic=True) if compiled else convert
+    to_places = compile_plain(convert) if compiled else convert
     # Private (torch 2.11, 2.13), as is all that is asked for here.
     handles = [handle for handle in handles_of(model) if handle.uses_sharded_strategy
                and handle._uses_param_mixed_precision and not handle._offload_params]
     outbox = None
     if handles and near:
-        largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
-        outbox = NodeMemory(largest, handles[0]._fwd_bwd_param_dtype, dist.group.WORLD)
+        dtype = handles[0]._fwd_bwd_param_dtype
+        outbox = NodeMemory(largest_shard(handles), dtype, dist.group.WORLD)
     for handle in handles:
         handle._use_low_precision_shard = lambda: None
         handle._all_gather_flat_param = functools.partial(
@@ -176,19 +188,18 @@ def gather(
         return of_fsdp(whole)
     shard, parts, me = handle.flat_param._local_shard, whole.chunk(handle.world_size), handle.rank
     if outbox is None:
-        to_places(plain(shard), [plain(parts[me])])
+        to_places(shard, parts[me])
         handle.flat_param.data = parts[me]  # which FSDP gathers, and replaces by the whole
         return of_fsdp(whole)
     sources = [source[: len(shard)] for source in outbox.turn()]
-    to_places(plain(shard), [plain(parts[me]), plain(sources[me])])
+    to_places(shard, parts[me], sources[me])
     outbox.wait()
-    for step in range(1, len(parts)):
-        r = (me + step) % len(parts)  # from another rank than others at a time
+    for r in others(me, len(parts)):
         parts[r].copy_(sources[r])
     return whole
 
 
-def convert(tensor: torch.Tensor, places: list[torch.Tensor]) -> None:
+def convert(tensor: torch.Tensor, *places: torch.Tensor) -> None:
     """To the dtype of `places`. Compiled, it is one pass over the memory."""
     for place in places:
         place.copy_(tensor)
@@ -228,7 +239,7 @@ class GradientSum:
         if given == summed:
             self.all = dist.new_group(backend=backend)
             return
-        self.add_up = torch.compile(add_up, dynamic=True) if compiled else add_up
+        self.add_up = compile_plain(add_up) if compiled else add_up
         nodes, local = (int(os.environ.get(name, 1)) for name in
                         ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         even = everywhere(nodes * local == self.ranks)
@@ -272,7 +283,7 @@ class GradientSum:
             of_node = mine if self.nodes == 1 else mine.new_empty(self.nodes * len(mine))
             sums = of_node.split([len(part) for part in sent[me]])
             for part_sum, *parts in zip(sums, *arrived, strict=True):
-                self.add_up([plain(part) for part in parts], plain(part_sum))
+                self.add_up(part_sum, *parts)
             if self.nodes > 1:
                 reduce_scatter(mine, of_node, group=self.between)
         if total.is_cuda:  # FSDP's stream for sums; gradients come from the one that computes
@@ -297,8 +308,7 @@ class GradientSum:
         """The same, by the GPUs' copy engines."""
         sizes = [len(part) for part in sent[me]]
         memory = [whole.view(self.local - 1, -1)[:, : sum(sizes)] for whole in self.inbox.turn()]
-        others = [(me + step) % self.local for step in range(1, self.local)]
-        for r in others:
+        for r in others(me, self.local):
             mine = memory[r][(me - r) % self.local - 1]
             for part, place in zip(sent[r], mine.split([len(p) for p in sent[r]]), strict=True):
                 place.copy_(part)
@@ -313,8 +323,7 @@ class GradientSum:
             return
         handles = handles_of(model)
         if near:
-            largest = max(handle.flat_param._sharded_size.numel() for handle in handles)
-            row = aligned(min(largest, PIECE // self.ranks))
+            row = aligned(min(largest_shard(handles), PIECE // self.ranks))
             self.inbox = NodeMemory((self.local - 1) * row, self.given, self.within)
         for handle in handles:
             # Private (torch 2.11, 2.13): makes the unit's parameters, views of what was gathered.
@@ -344,7 +353,7 @@ class GradientSum:
             before[:] = map(torch.add, before, gradients)
 
 
-def add_up(parts: list[torch.Tensor], total: torch.Tensor) -> None:
+def add_up(total: torch.Tensor, *parts: torch.Tensor) -> None:
     """`total` becomes the sum of `parts`, added in their order, in the dtype of `total`."""
     if torch.compiler.is_compiling():  # written out, it is one pass over the memory
         total.copy_(sum(part.to(total.dtype) for part in parts))

@@ -10,7 +10,8 @@ which of them are not bit for bit those of `from_pretrained`; or {"do": "load", 
 anonymous memory this process had at most. In "train" with "apart", each rank is a host of its own,
 and "HOST" in its words is its number; with "refused": PATH, its InputError is written to PATH.RANK.
 With "bfloat16" it computes as on a GPU, "unjoined" (as it is) or "joined" (as FSDP does by itself);
-with "copies", units and gradients go as `copied_by` says.
+with "copies", units and gradients go by "nccl" (or gloo) even where GPUs reach each other, or, on
+CPU processes, through "memory", as GPUs do that reach each other, in small pieces.
 {"do": "add_up", "out": PATH}: sum gradients as if on one node, on several and on uneven ones, and
 write how far each is from the true sum to PATH.RANK.
 {"do": "copy", "run": FOLDER, "to": FOLDER, "without": [GLOB, ...]}: copy a run, in part.
@@ -40,6 +41,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_llm
+import units
 
 
 def train(
@@ -54,8 +56,7 @@ def train(
         argv = [word.replace("HOST", rank) for word in argv]
     try:
         with (forbid_syncs() if no_sync else contextlib.nullcontext(),
-              in_bfloat16(bfloat16) if bfloat16 else contextlib.nullcontext(),
-              copied_by(copies) if copies else contextlib.nullcontext()):
+              changed(bfloat16, copies)):
             train_llm.main(argv)
     except train_llm.InputError as error:
         if not refused:
@@ -117,23 +118,7 @@ def forbid_syncs():
         train_llm.Meter.begin_step, train_llm.Meter.write_row = begin_step, write_row
 
 
-@contextlib.contextmanager
-def in_bfloat16(gradients: str):
-    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-    changes = [
-        (train_llm, "FSDP", lambda model, **options: FSDP(
-            model, **options | {"mixed_precision": precision})),
-        (train_llm, "compute_dtype", lambda device: torch.bfloat16),
-    ]
-    if gradients == "joined":
-        changes.append((train_llm.units, "carry", lambda *_, **__: None))
-    with contextlib.ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(patch.object(*change))
-        yield
-
-
-class FileMemory(train_llm.units.NodeMemory):
+class FileMemory(units.NodeMemory):
     """Stands in for that of GPUs, among processes of one machine."""
 
     def __init__(self, count: int, dtype: torch.dtype, group: dist.ProcessGroup):
@@ -153,12 +138,20 @@ class FileMemory(train_llm.units.NodeMemory):
 
 
 @contextlib.contextmanager
-def copied_by(copies: str):
-    """Units and gradients by "nccl" (or gloo) even where GPUs reach each other, or, "memory", as
-    GPUs do that reach each other, in small pieces, on CPU processes."""
-    changes = [(train_llm.units, "reach_each_other", lambda processes: copies == "memory")]
+def changed(bfloat16: str, copies: str):
+    """What jobs of these words change in the program; without any, nothing."""
+    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    changes = []
+    if bfloat16:
+        changes += [(train_llm, "FSDP", lambda model, **options: FSDP(
+                        model, **options | {"mixed_precision": precision})),
+                    (train_llm, "compute_dtype", lambda device: torch.bfloat16)]
+    if bfloat16 == "joined":
+        changes.append((units, "carry", lambda *_, **__: None))
+    if copies:
+        changes.append((units, "reach_each_other", lambda processes: copies == "memory"))
     if copies == "memory":
-        changes += [(train_llm.units, "NodeMemory", FileMemory), (train_llm.units, "PIECE", 3000)]
+        changes += [(units, "NodeMemory", FileMemory), (units, "PIECE", 3000)]
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(patch.object(*change))
@@ -224,7 +217,7 @@ def load(argv: list[str], out: str, cold: bool) -> None:
 
 def add_up(out: str) -> None:
     here, found = train_llm.join_processes(), {}
-    sys.modules["units"].PIECE = 1000
+    units.PIECE = 1000
     ranks = here.world_size
     gradients = [torch.randn(ranks * 1001, generator=torch.Generator().manual_seed(rank))
                  for rank in range(ranks)]
@@ -234,7 +227,7 @@ def add_up(out: str) -> None:
             given = [gradient.to(here.device, dtype) for gradient in gradients]
             wanted = torch.stack(given).double().sum(0).chunk(ranks)[here.rank]
             shard = torch.empty(1001, dtype=dtype, device=here.device)
-            sum_over_ranks = train_llm.units.GradientSum(
+            sum_over_ranks = units.GradientSum(
                 here, given=dtype, summed=torch.float32,
                 compiled=here.device.type == "cuda" and nodes == 1)
             groups = {vars(sum_over_ranks).get(name) for name in ("within", "between", "all")}

@@ -82,7 +82,7 @@ def time_collectives(out: Path) -> None:
         unit = SimpleNamespace(
             flat_param=SimpleNamespace(_local_shard=torch.zeros(part, device="cuda")),
             world_size=count, rank=processes.rank, _force_full_precision=False)
-        to_places = torch.compile(units.convert, dynamic=True)
+        to_places = units.compile_plain(units.convert)
         found |= {
             "all_gather by copy engines": median_seconds(
                 lambda: units.gather(unit, None, to_places, memory[1], weights)),
