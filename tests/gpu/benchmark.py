@@ -22,13 +22,16 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +127,53 @@ def failure(error: Exception) -> str:
     return "\n".join(line for line in lines if re.search(r"Error|error:|^job|Unsupported", line))
 
 
+NVIDIA_SMI = ["nvidia-smi", "--format=csv,noheader,nounits"]
+
+
+class Clocks:
+    """The GPUs' clocks and power while inside, asked for twice a second; on CPU nothing."""
+
+    def __enter__(self):
+        self.answers: list[tuple[float, float, float]] = []  # (time, SM clock, power)
+        self.smi = None
+        if torch.cuda.is_available():
+            self.smi = subprocess.Popen([*NVIDIA_SMI, "--query-gpu=clocks.sm,power.draw",
+                                         "--loop-ms=500"], stdout=subprocess.PIPE, text=True)
+            threading.Thread(target=self.listen).start()
+        return self
+
+    def listen(self) -> None:
+        for line in self.smi.stdout:
+            self.answers.append((time.time(), *map(float, line.split(", "))))
+
+    def __exit__(self, *_) -> None:
+        if self.smi:
+            self.smi.terminate()
+
+    def medians(self, steps: list[dict]) -> dict[str, float]:
+        """MHz and W from the first to the last of these rows of metrics.jsonl, over all GPUs."""
+        first, last = (datetime.fromisoformat(steps[i]["time"]).timestamp() for i in (0, -1))
+        among = [answer[1:] for answer in self.answers if first <= answer[0] <= last]
+        medians = map(statistics.median, zip(*among, strict=True)) if among else (math.nan,) * 2
+        return dict(zip(("sm_mhz", "watts"), medians, strict=True))
+
+
+def refuse_gpus_in_use() -> None:
+    """SystemExit where somebody has memory of these GPUs, as a benchmark that was killed may."""
+    if torch.cuda.is_available():
+        told = subprocess.run([*NVIDIA_SMI, "--query-gpu=memory.used"], capture_output=True,
+                              text=True, check=True).stdout.split()
+        if max(map(int, told)) > 2048:
+            raise SystemExit(f"of these GPUs {', '.join(told)} MiB are in use; what is measured"
+                             " beside that is worth nothing: nvidia-smi tells who it is")
+
+
 class Bench:
     """Runs cases through the script and keeps their medians."""
 
     def __init__(self, folder: Path, gpus: int, only: str, out: Path):
         """`out`: the JSON file of all tables, written whenever one is complete."""
+        refuse_gpus_in_use()
         self.only, self.out = only, out
         self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 4)
         self.versions, self.tables, self.runs, self.unsharded = {}, {}, 0, {}
@@ -149,14 +194,15 @@ class Bench:
         for name in jobs:
             compiled = bool(cases[name].get("compile"))
             groups.setdefault(compiled if together else name, []).append(name)
-        for group in groups.values():
-            started = time.perf_counter()
-            try:
-                on_ranks(gpus, [jobs[name] for name in group], self.folder, timeout=400)
-            except (AssertionError, subprocess.TimeoutExpired) as error:
-                print(f"FAILED {table} {group}: {failure(error)}", flush=True)
-            seconds = time.perf_counter() - started
-            print(f"# {table}: {len(group)} cases in {seconds:.0f} s", flush=True)
+        with Clocks() as clocks:
+            for group in groups.values():
+                started = time.perf_counter()
+                try:
+                    on_ranks(gpus, [jobs[name] for name in group], self.folder, timeout=400)
+                except (AssertionError, subprocess.TimeoutExpired) as error:
+                    print(f"FAILED {table} {group}: {failure(error)}", flush=True)
+                seconds = time.perf_counter() - started
+                print(f"# {table}: {len(group)} cases in {seconds:.0f} s", flush=True)
         rows = self.tables.setdefault(table, {})
         for name, job in jobs.items():
             folder = self.folder / "out" / job["argv"][1]
@@ -172,6 +218,7 @@ class Bench:
                         "peak_reserved_gib")}
                     retries = steps[-1]["alloc_retries"] - steps[0]["alloc_retries"]
                     rows[name] |= {"loss": steps[-1]["loss"], "alloc_retries": retries}
+                    rows[name] |= clocks.medians(steps)
         self.show(table)
         self.save()
 
@@ -204,15 +251,15 @@ class Bench:
 
     def show(self, table: str) -> None:
         print(f"\n{table}\n\n| case | ms a step | data | forward | backward | update |"
-              " tokens/s/GPU | MFU | peak GiB | reserved | memory was full | loss |\n|" +
-              "---|" * 12)
+              " tokens/s/GPU | MFU | peak GiB | reserved | memory was full | loss | SM MHz | W"
+              " |\n|" + "---|" * 14)
         for name, row in self.tables[table].items():
             times = " | ".join(f"{row[f'{key}_seconds'] * 1e3:.0f}" for key in
                                ("step", "data", "forward", "backward", "update"))
             print(f"| {name} | {times} | {row['tokens_per_second_per_gpu']:,.0f} |"
                   f" {row['mfu']:.3f} | {row['peak_memory_gib']:.1f} |"
                   f" {row['peak_reserved_gib']:.1f} | {row['alloc_retries']} times |"
-                  f" {row['loss']:.3f} |")
+                  f" {row['loss']:.3f} | {row['sm_mhz']:.0f} | {row['watts']:.0f} |")
         print(flush=True)
 
 
