@@ -105,3 +105,44 @@ def test_one_rank_of_sixteen_trains_with_nobody_else_there():
     # Counted sixteen times: each rank's loss is a sixteenth of the whole.
     assert len(found["losses"]) == 3
     assert all(math.log(512) / 3 < loss < math.log(512) * 3 for loss in found["losses"])
+
+
+def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
+    readme, measured = (ROOT / "README.md").read_text(), ROOT / "tests/gpu/measured"
+    missing = []
+
+    def see(line: str) -> None:
+        if line not in readme:
+            missing.append(line)
+
+    def printed_by(script: str, *words) -> list[str]:
+        done = subprocess.run([sys.executable, ROOT / "tests/gpu" / script, *words], text=True,
+                              capture_output=True, check=True)
+        return [line for line in done.stdout.splitlines() if line.startswith("|")]
+
+    for line in printed_by("what_fits.py", measured / "scaling-4096.json", "--one-rank",
+                           measured / "one_rank.json")[2:]:
+        see(line)
+    for length in (4096, 8192):
+        tables = json.loads((measured / f"scaling-{length}.json").read_text())["tables"]
+        about = f"{length:,} tokens, 2 GPUs"
+        for layers in (2, 3):
+            for kind, row in tables[f"405B-wide, {layers} layers, {about}"].items():
+                name = f"{kind.removesuffix(' compiled')}, {layers}, {length:,}"
+                seconds = [row[f"{part}_seconds"] for part in (
+                    "step", "data", "forward", "backward", "update")]
+                times = " | ".join(f"{1e3 * s:,.{1 if part == 1 else 0}f}"
+                                   for part, s in enumerate(seconds))
+                if kind.endswith(projection.BY_NCCL):
+                    name = "the same, by NCCL"
+                see(f"| {name} | {times} | {row['tokens_per_second_per_gpu']:,.0f} |"
+                    f" {row['mfu']:.3f} |")
+        for kind, row in tables[f"one 405B layer, {about}"].items():
+            forward, backward = (1e3 * row[part] for part in ("forward", "backward"))
+            see(f" | {forward + backward:.0f} ({forward:.0f} and {backward:.0f}) |")
+            see(f" | {row['ratio']:.2f} |")
+        for row in projection.project(tables, gpus=64, network=50e9, host=300e9)[0]:
+            see(f"| {row['compute'].removesuffix(' compiled')}, {length:,} | " + " | ".join(
+                f"{row[part]:.1f}" for part in ("forward", "backward", "update", "step"))
+                + f" | {row['tokens/s/GPU']:.0f} | {row['MFU']:.2f} |")
+    assert not missing

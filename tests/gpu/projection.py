@@ -1,6 +1,7 @@
 """What Llama 3.1 405B should take on 64 GPUs, from slices of it measured on a few. A projection.
 
-    python tests/gpu/projection.py SCALING_JSON [--gpus 64] [--network 50] [--host-bandwidth 300]
+    python tests/gpu/projection.py SCALING_JSON... [--gpus 64] [--network 50]
+                                   [--host-bandwidth 300]
 
 SCALING_JSON is what scaling.py wrote: the cost of one layer, the same layer unsharded, a layer's
 collectives by themselves, and the memory of slices. What is assumed is in ASSUMPTIONS, which is
@@ -188,20 +189,22 @@ def project(tables: dict, *, gpus: int, network: float, host: float) -> tuple[li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("measured", type=Path, help="scaling.json")
+    parser.add_argument("measured", type=Path, nargs="+", help="scaling.json")
     parser.add_argument("--gpus", type=int, default=64, help="a multiple of 8")
     parser.add_argument("--network", type=float, default=50, help="GB/s of each GPU")
     parser.add_argument("--host-bandwidth", type=float, default=300, help="GB/s of a node's memory")
     args = parser.parse_args()
     if args.gpus % NODE or args.gpus <= NODE:
         parser.error(f"--gpus {args.gpus}: must be a multiple of {NODE}, and more than one node")
-    measured = json.loads(args.measured.read_text())
-    rows, sizes = project(measured["tables"], gpus=args.gpus, network=args.network * 1e9,
-                          host=args.host_bandwidth * 1e9)
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v)
-                                for v in row.values()) + " |")
+    for number, file in enumerate(args.measured):
+        rows, sizes = project(
+            json.loads(file.read_text())["tables"], gpus=args.gpus, network=args.network * 1e9,
+            host=args.host_bandwidth * 1e9)
+        if not number:
+            print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v)
+                                    for v in row.values()) + " |")
     print(ASSUMPTIONS.format(network=args.network, host=args.host_bandwidth, sizes=sizes))
 
 

@@ -1,12 +1,12 @@
 """Which models fit on which GPUs, by --cpu-offload: the table of the README.
 
-    python tests/gpu/what_fits.py OFFLOAD_JSON SCALING_JSON [--one-rank JSON] [--tokens 4096]
+    python tests/gpu/what_fits.py SCALING_JSON [--one-rank JSON] [--offload JSON] [--tokens 4096]
 
-OFFLOAD_JSON is what `benchmark_offload.py --only memory` wrote: bytes a parameter of each mode, of
-which none is taken for less than its weights, gradients and moments are by count.
 SCALING_JSON is what scaling.py wrote, with slices of 405B's width: the memory that a pass needs
-beside that, which grows with the parameters of a layer. Where one_rank.py, of 405B at full depth,
-measured more of it on its one GPU, that is taken.
+beside weights, gradients and moments, which grows with the parameters of a layer. Where
+one_rank.py, of 405B at full depth, measured more of it on its one GPU, that is taken. Weights,
+gradients and moments are counted; where `benchmark_offload.py --only memory` measured more bytes a
+parameter in a mode, that is taken.
 """
 
 import argparse
@@ -36,15 +36,17 @@ def full_depth_working(one: dict, modes: dict) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("offload", type=Path, help="offload.json, with the group `memory`")
     parser.add_argument("scaling", type=Path, help="scaling.json")
     parser.add_argument("--one-rank", type=Path, help="what one_rank.py printed")
+    parser.add_argument("--offload", type=Path, help="offload.json, with the group `memory`")
     parser.add_argument("--tokens", type=int, default=4096, help="in a row")
     args = parser.parse_args()
-    measured = {row["mode"]: row for row in
-                json.loads(args.offload.read_text())["memory"]["table"]}
-    modes = {mode: {kind: max(counted, round(measured[mode][f"{kind} bytes a parameter"], 1))
-                    for kind, counted in by_count.items()} for mode, by_count in MODES.items()}
+    modes = MODES
+    if args.offload:
+        measured = {row["mode"]: row for row in
+                    json.loads(args.offload.read_text())["memory"]["table"]}
+        modes = {mode: {kind: max(counted, round(measured[mode][f"{kind} bytes a parameter"], 1))
+                        for kind, counted in by_count.items()} for mode, by_count in MODES.items()}
     working, sizes = working_memory(
         json.loads(args.scaling.read_text())["tables"], args.tokens, "bfloat16 compiled" + BY_NCCL)
     if args.one_rank:
