@@ -137,7 +137,7 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
                     name = "the same, by NCCL"
                 see(f"| {name} | {times} | {row['tokens_per_second_per_gpu']:,.0f} |"
                     f" {row['mfu']:.3f} |")
-        for kind, row in tables[f"one 405B layer, {about}"].items():
+        for row in tables[f"one 405B layer, {about}"].values():
             forward, backward = (1e3 * row[part] for part in ("forward", "backward"))
             see(f" | {forward + backward:.0f} ({forward:.0f} and {backward:.0f}) |")
             see(f" | {row['ratio']:.2f} |")
