@@ -15,13 +15,14 @@ import errno
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import shutil
 import zlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from train_llm import Heart, TrainState
 
 log = logging.getLogger("train_llm")
+
+ENDS_BY_ITSELF = 3  # seconds that a save may take to fail on a rank after it failed on another
 
 # --- 1. Slices --------------------------------------------------------------------------------
 # FSDP keeps each unit's parameters behind each other in one flat tensor, cut evenly over the ranks,
@@ -252,7 +255,7 @@ class Saver:
         self, folder: Path, args: Namespace, processes: Processes, state: "TrainState"
     ):
         self.folder, self.args, self.processes = folder / "checkpoints", args, processes
-        self.saved_step, self.in_flight = state.step, None
+        self.saved_step, self.in_flight, self.asked = state.step, None, 0
         self.stager = SliceStager()
         if args.async_checkpoint == "on" and args.ckpt_freq:  # so that the first save is as quick
             self.stager.stage(slices_and_buffers(state, processes))
@@ -274,7 +277,7 @@ class Saver:
             state_dict=slices_and_buffers(state, self.processes), planner=SliceWriter(),
             storage_writer=SliceStorage(target, describe(state), self.processes.rank),
         )
-        self.saved_step = state.step
+        self.saved_step, self.asked = state.step, self.asked + 1
         if self.args.async_checkpoint == "on":
             self.in_flight = dcp.async_save(
                 **what, async_checkpointer_type=AsyncCheckpointerType.PROCESS,
@@ -294,12 +297,7 @@ class Saver:
         """Wait for the save in flight, then make room. Sets `saved_step` back if it failed."""
         if self.in_flight is None:
             return
-        why = ""
-        try:
-            self.in_flight.result()
-        except (Exception, dcp.CheckpointException) as error:  # which is no Exception
-            why = (str(error).strip() or repr(error)).splitlines()[-1]
-        self.in_flight = None
+        why, self.in_flight = self.why_not_written(), None
         reasons = [None] * self.processes.world_size
         dist.all_gather_object(reasons, why)
         if any(reasons):
@@ -321,6 +319,25 @@ class Saver:
                 if old.name not in sound[: self.args.keep_checkpoints]:
                     (old / ".metadata").unlink(missing_ok=True)  # first: half gone, it is none
                     shutil.rmtree(old, ignore_errors=True)
+
+    def why_not_written(self) -> str:
+        """What went wrong on this rank with the save in flight; nothing if it went well.
+
+        Where a process that writes dies while it starts, those of other ranks wait for it, up to
+        half an hour (DCP). So a rank that fails tells the others, and these end theirs.
+        """
+        store, failed, ended = self.processes.store, f"save {self.asked} failed", False
+        while not self.in_flight.done():
+            wait([self.in_flight], timeout=0.5)
+            if not ended and store.check([failed]):
+                wait([self.in_flight], timeout=ENDS_BY_ITSELF)
+                for writer in multiprocessing.active_children():
+                    writer.kill()
+                ended = True
+        if not (error := self.in_flight.exception()):
+            return ""
+        store.set(failed, "")
+        return "" if ended else (str(error).strip() or repr(error)).splitlines()[-1]
 
     def require(self, step: int) -> None:
         """Raises InputError if the run ends here and what it reached is in no checkpoint."""
