@@ -422,29 +422,44 @@ def find_model(name: str) -> Path:
                      f" ({reason}); check the name, the network and the access rights")
 
 
-def check_weights(name: str) -> None:
-    """Raises InputError if files of a model's weights are missing or cut short; reads no weight."""
-    from huggingface_hub import constants, try_to_load_from_cache
+def find_folder(model_name: str) -> Path | None:
+    """Where this node keeps the model's files: a folder, or a snapshot in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
 
-    if is_local(name):
-        folder = path_of(name)
-    elif constants.HF_HUB_OFFLINE:
-        folder = Path(str(try_to_load_from_cache(name, "config.json"))).parent
-    else:
-        return  # what is not here yet will be fetched
-    remedy = "copy the model's files again, or start without its weights with --random-init"
-    for kind in ("model.safetensors", "pytorch_model.bin"):  # as transformers looks for them
-        index = folder / f"{kind}.index.json"
-        files = {kind}
-        if index.exists():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        lacking = sorted(file for file in files if not is_whole(folder / file))
-        if not lacking:
-            return
-        if index.exists() or (folder / kind).exists():
-            raise InputError(f"{len(lacking)} of the {len(files)} files of weights in {folder} are"
-                             f" missing or cut short, the first {lacking[0]}; {remedy}")
-    raise InputError(f"{folder} has no weights (model.safetensors); {remedy}")
+    if is_local(model_name):
+        return path_of(model_name)
+    config = try_to_load_from_cache(model_name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def check_weights(name: str, *, split: bool) -> str:
+    """What this node has of a model's weights: a digit for each file, in order, 1 if it is here.
+
+    "" if it has not even a list of them. Raises InputError if one is cut short, or, unless they are
+    `split` over several nodes, missing. Reads no weight.
+    """
+    from huggingface_hub import constants
+
+    folder = find_folder(name)
+    again = ("copy the model's files again" if is_local(name) else
+             f"python download.py --model-name {name} fetches them")
+    remedy = f"{again}, or start without its weights with --random-init"
+    for kind in ("model.safetensors", "pytorch_model.bin") if folder else ():
+        # In the order in which transformers looks for them.
+        index, files = folder / f"{kind}.index.json", [kind]
+        if not (folder / kind).exists():
+            if not index.exists():
+                continue
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        bad = [file for file in files if not is_whole(folder / file)
+               and not (split and not (folder / file).exists())]
+        if bad:
+            raise InputError(f"{len(bad)} of the {len(files)} files of weights in {folder} are"
+                             f" missing or cut short, the first {bad[0]}; {remedy}")
+        return "".join(str(int((folder / file).exists())) for file in files)
+    if not split and (is_local(name) or constants.HF_HUB_OFFLINE):
+        raise InputError(f"{folder or name} has no weights (model.safetensors); {remedy}")
+    return ""
 
 
 def is_whole(path: Path) -> bool:

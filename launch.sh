@@ -38,7 +38,7 @@ set -euo pipefail
 # What `bash launch.sh` trains when no model is named; OPTIONS come after these, and the last wins.
 demo_recipe=(
     --model-name demo/model --dataset-name demo/corpus.jsonl
-    --seq-length 256 --batch-size 4 --global-batch-size 8 --max-steps 350
+    --seq-length 256 --max-steps 350
     --lr 5e-3 --warmup-steps 20 --log-freq 5
 )
 
@@ -406,6 +406,7 @@ look_at_hosts() {
         [[ ${fact[$i,gpus]:-} && ${to[i]:-} ]] || unset "asked[$i]"
     done
     on_hosts host_try $((10 * patience))
+    unite_weights
     for i in "${asked[@]}"; do
         [[ ! ${fact[$i,unreachable]:-} || ${fact[0,taken]:-} ]] ||
             blame "$i" "${fact[$i,unreachable]}"
@@ -552,6 +553,23 @@ sort_paths() {
     done
 }
 
+# Where each host may have a part of the weights, together they need all. Each told a digit for each
+# file, 1 if it is there; rank 0's host none if it wants no weights.
+unite_weights() {
+    local i k nowhere=() together=${fact[$rank_0,weights]:-}
+    for i in "${asked[@]}"; do
+        [[ ${fact[$i,weights]:-} ]] || continue
+        for ((k = 0; k < ${#together}; k++)); do
+            [[ ${fact[$i,weights]:k:1} != 1 ]] || together=${together:0:k}1${together:k+1}
+        done
+    done
+    for ((k = 0; k < ${#together}; k++)); do
+        [[ ${together:k:1} == 1 ]] || nowhere+=($((k + 1)))
+    done
+    ((!${#nowhere[@]})) || blame "$rank_0" "no host has ${#nowhere[@]} of the ${#together} files of" \
+        "weights, the first by name is number ${nowhere[0]}; fetch them with download.py"
+}
+
 tell_hosts() {
     local i state warning
     for i in "${!hosts[@]}"; do
@@ -564,7 +582,7 @@ tell_hosts() {
     printf '%s' "${fact[$rank_0,plan]:-}"
     ((${#hosts[@]} > 1)) || return 0
     ((!${#paths[@]})) || printf '  disks      %s\n' "$(printf '%s; ' "${paths[@]}" | sed 's/; $//')"
-    echo "rank 0, which reads the weights and writes metrics.jsonl, is on ${hosts[rank_0]}" \
+    echo "rank 0, which writes metrics.jsonl, is on ${hosts[rank_0]}" \
         "${addresses[rank_0]:+(${addresses[rank_0]}, the first of the sorted addresses)}"
 }
 
@@ -707,14 +725,27 @@ EOF
     } 2> /dev/null # bash would quote all this if Python crashed
 }
 
+# The demo's step has eight rows, or as many more as all processes take alike.
+host_size_demo() {
+    local all=$((${#hosts[@]} * ranks)) each
+    each=$(((8 + all - 1) / all)) sizes=()
+    [[ ! $demo ]] || sizes=(--batch-size "$each" --global-batch-size $((each * all)))
+}
+
 # LOCAL_WORLD_SIZE tells the trainer how many ranks' part of a checkpoint this disk must hold.
 host_try() {
-    local said code=0 port_test=''
+    local said code=0 port_test='' sizes
+    host_size_demo
     if ((${#hosts[@]} > 1)); then host_test_port & port_test=$!; fi
     if [[ $demo ]] && ! said=$("$PYTHON" download.py --demo 2>&1); then
         host_say fail "download.py --demo failed: $(tail -n 1 <<< "$said")"
     elif said=$(WORLD_SIZE=$((${#hosts[@]} * ranks)) RANK=$first_rank LOCAL_WORLD_SIZE=$save_ranks \
-        "$PYTHON" train_llm.py --check "${options[@]}" 2>&1); then
+        GROUP_WORLD_SIZE=${#hosts[@]} "$PYTHON" train_llm.py --check "${sizes[@]}" \
+        "${options[@]}" 2>&1); then
+        if [[ $said == *$'\nweights-here '* ]]; then
+            host_say weights "${said##*$'\nweights-here '}"
+            said=${said%$'\nweights-here '*}
+        fi
         printf 'plan\t%s\n' "${said//$'\n'/$'\n'plan$'\t'}"
     else
         code=$?
@@ -904,7 +935,9 @@ host_torchrun() {
         )
     fi
     torchrun+=(--max-restarts "$max_restarts" --log-dir "$run_dir" --redirects 3)
-    torchrun+=(train_llm.py "${options[@]//\$/\$\$}")
+    local sizes
+    host_size_demo
+    torchrun+=(train_llm.py "${sizes[@]}" "${options[@]//\$/\$\$}")
 }
 
 # The script that tmux runs; %q keeps every byte of an argument. When another host makes the ranks

@@ -343,14 +343,13 @@ def main(argv: list[str] | None = None) -> None:
 def check_node(args: argparse.Namespace, model: nn.Module, processes: Processes) -> None:
     """Print what would run. Raises InputError if this node lacks weights that it is to read, or
     room for checkpoints."""
-    folder = args.save_dir / args.experiment_name
-    first = processes.rank == 0
-    if first and not args.random_init and not checkpoints.whole_checkpoints(folder):
-        download.check_weights(args.model_name)
+    folder, first = args.save_dir / args.experiment_name, processes.rank == 0
+    loads = not args.random_init and not (first and checkpoints.whole_checkpoints(folder))
+    found = weights.check(args, processes) if loads else ""
     part = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / processes.world_size
     parameters = sum(p.numel() for p in model.parameters())
     checkpoints.check_room(folder, args, parameters=parameters, part=part, exports=first)
-    print(describe(args, model, find_rows(args), processes))
+    print(describe(args, model, find_rows(args), processes) + found)
 
 
 def describe(

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from tqdm import tqdm
@@ -37,7 +36,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from checkpoints import DTYPES as CODES
 from checkpoints import clean, own_slices
-from download import InputError, first_line, is_local, path_of
+from download import InputError, check_weights, find_folder, first_line, is_local
 from ranks import Processes
 
 log = logging.getLogger("train_llm")
@@ -86,14 +85,6 @@ def read_header(path: Path) -> dict[str, Stored]:
     return found
 
 
-def find_folder(model_name: str) -> Path | None:
-    """Where this node keeps the model's files: a folder, or a snapshot in the hub's cache."""
-    if is_local(model_name):
-        return path_of(model_name)
-    config = try_to_load_from_cache(model_name, "config.json")
-    return Path(config).parent if isinstance(config, str) else None
-
-
 def look(model_name: str, processes: Processes) -> dict:
     """What this rank has to tell rank 0: its node and, as the first there, which files it sees.
 
@@ -121,6 +112,21 @@ def look(model_name: str, processes: Processes) -> dict:
     except InputError as error:
         report["error"] = str(error)
     return report
+
+
+def check(args: Namespace, processes: Processes) -> str:
+    """What this node has of the weights, for --check. Raises InputError for files cut short, and
+    for missing ones that no other node can have. A last line is for launch.sh, which compares it.
+    """
+    split = args.load != "rank0" and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    if processes.rank and not split:
+        return ""
+    here, words = check_weights(args.model_name, split=split), "none here"
+    if here:
+        words = f"{here.count('1')} of {len(here)} file(s) here"
+    elif not is_local(args.model_name):
+        words += "; rank 0 downloads what no node has"
+    return f"\n  weights    {words}" + (f"\nweights-here {here}" if split and here else "")
 
 
 # --- 2. Who reads what ------------------------------------------------------------------------

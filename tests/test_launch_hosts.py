@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_on_ranks
+from conftest import ROOT, build_tiny_model, run_on_ranks
 from test_launch import wait_for, write_quick_python
 
 needed = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "tmux", "mount")
@@ -33,8 +33,7 @@ pytestmark = pytest.mark.skipif(
 # In the order of the hosts file. Ranks follow the addresses as text: 10.97.0.10 comes first.
 ADDRESSES = {"node-2": "10.97.0.2", "node-10": "10.97.0.10", "node-3": "10.97.0.3"}
 RANK_0 = "node-10"
-DEMO = ["--max-steps", "6", "--batch-size", "1", "--global-batch-size", "6", "--seq-length", "64",
-        "--warmup-steps", "2", "--log-freq", "1"]  # fmt: skip
+DEMO = ["--max-steps", "6", "--seq-length", "64", "--warmup-steps", "2", "--log-freq", "1"]
 
 
 def sh(command: str) -> None:
@@ -285,12 +284,27 @@ def losses_on_one_host(words: list, save_dir: Path, name: str) -> list[float]:
 
 
 def test_three_hosts_train_to_the_losses_of_one_host_with_three_processes(
-    cluster, tiny, corpus, tmp_path
+    cluster, corpus, tmp_path
 ):
+    """Each host has a third of the files of weights."""
+    tiny = build_tiny_model(tmp_path / "whole", file_bytes="20KB")
     cluster.copy_project("real")
-    for host in cluster.hosts.values():
-        shutil.copytree(tiny, host.project / "real/tiny")
+    for i, host in enumerate(cluster.hosts.values()):
+        model = shutil.copytree(tiny, host.project / "real/tiny")
+        for k, file in enumerate(sorted(model.glob("model-*.safetensors"))):
+            if k % 3 != i:
+                file.unlink()
         shutil.copy(corpus, host.project / "real/corpus.jsonl")
+    (moved,) = cluster["node-3"].project.glob("real/tiny/model-00003-of-*")
+    moved.rename(tmp_path / moved.name)
+    check = cluster.launch("real", "check", "--name", "three", "--", "--model-name", "tiny",
+                           "--dataset-name", "corpus.jsonl", "--seq-length", "32",
+                           "--global-batch-size", "6")
+    count = len(list(tiny.glob("model-*.safetensors")))
+    assert check.returncode == 1
+    assert (f"{RANK_0}: no host has 1 of the {count} files of weights, the first by name is number"
+            " 3; fetch them" in check.stdout + check.stderr), check.stdout + check.stderr
+    (tmp_path / moved.name).rename(moved)
     recipe = ["--experiment-name", "three", "--max-steps", "6", "--seq-length", "32",
               "--lr", "1e-3", "--global-batch-size", "6", "--log-freq", "1",
               "--rows-dir", str(tmp_path / "rows")]  # fmt: skip
@@ -320,7 +334,8 @@ def test_a_bare_start_makes_the_demo_on_each_host_and_trains_it(cluster, tmp_pat
     assert "documents" in cluster["node-3"].sh(f"cat {cluster.project}/bare/demo/demo.json")
     demo = cluster["node-2"].project / "bare/demo"
     words = ["--experiment-name", "demo", "--model-name", str(demo / "model"), "--lr", "5e-3",
-             "--dataset-name", str(demo / "corpus.jsonl"), *DEMO]
+             "--dataset-name", str(demo / "corpus.jsonl"), "--batch-size", "3",
+             "--global-batch-size", "9", *DEMO]  # of three ranks, as launch.sh does
     one = losses_on_one_host(words, tmp_path, "demo")
     print("three hosts:", three, "one host:", one)
     assert three == pytest.approx(one, rel=1e-6)
