@@ -265,10 +265,12 @@ class Saver:
 
     def save(self, state: "TrainState", heart: "Heart", *, last: bool = False) -> None:
         """Save, unless this step is saved already; the last save is waited for in any case."""
-        self.finish()
-        if not self.args.ckpt_freq or state.step == self.saved_step:
+        if not self.args.ckpt_freq:
             return
         heart.beat("saving", state.step)
+        self.finish()
+        if state.step == self.saved_step:
+            return
         target = self.folder / f"step-{state.step:08}"
         if self.processes.local_rank == 0:  # what a run that died half way may have left
             shutil.rmtree(target, ignore_errors=True)

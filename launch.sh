@@ -26,8 +26,8 @@
 #
 # Environment: PYTHON (the interpreter, at the same path on every host; default: python on PATH),
 # SSH_SECONDS (60: the longest one question to one host may take; the trainer's own check may take
-# ten times that), STOP_GRACE_SECONDS (300: how long stop waits for the run to save),
-# KILL_GRACE_SECONDS (30: how long SIGTERM may take before SIGKILL). On localhost the whole
+# ten times that), STOP_GRACE_SECONDS (300: how long stop waits for the run to end; the hours that a
+# save takes do not count), KILL_GRACE_SECONDS (30: how long SIGTERM may take before SIGKILL). On localhost the whole
 # environment reaches the run; other hosts get HF_*, NCCL_*, GLOO_*, PYTORCH_*, TORCH_*,
 # OMP_NUM_THREADS and what --env names. The project lies at the same path on every host, and paths
 # among the OPTIONS are relative to it. Output goes to logs/NAME/HOST/, results to outputs/NAME/, on
@@ -299,6 +299,7 @@ on_hosts() {
         i=${line%%$'\t'*} text=${line#*$'\t'} key=${text%%$'\t'*}
         text=${text#"$key"} text=${text#$'\t'}
         hear "$i" "$key" "$text"
+        [[ $key != saves ]] || deadline=$((EPOCHSECONDS + $2))
         [[ $key != "done" && $key != gone ]] || waiting=${waiting/ $i / }
         [[ $1 != host_start || ! ${fact[$i,failed]:-} || $key == fail ]] || return 0
     done
@@ -1239,7 +1240,7 @@ host_follow() {
 stop() {
     local i failed=0 reached=() known='' running=''
     asked_to_end=1 speaker=''
-    call_hosts $((grace + kill_grace + 4 * patience))
+    call_hosts $((grace + kill_grace + 4 * patience + 86400)) # a save may take hours
     if [[ $now && $run_id ]]; then known=1; else # else nobody needs to know how far it is
         on_hosts host_status "$patience"
     fi
@@ -1306,16 +1307,21 @@ host_stop() {
 host_is_alive() { { IFS= read -r -d '' _ < "/proc/$1/cmdline"; } 2> /dev/null; }
 
 host_ask_to_end() {
-    local deadline=$((SECONDS + grace)) told=$SECONDS
+    local deadline=$((SECONDS + grace)) told=$SECONDS at
     mkdir -p "$(dirname "$request")"
     touch "$request"
     [[ $host != "$speaker" ]] || host_say say "$name: asked to save and end at its next step;" \
         "waiting up to $grace s (stop --now does not ask)"
     while [[ ! -e $run_dir/exit_code ]] && ((${#pids[@]} && SECONDS < deadline)); do
         sleep 0.5
+        at=$(host_step)
+        if [[ $at =~ \((saving|exporting)\) ]]; then
+            deadline=$((SECONDS + grace)) # it ends when that has ended
+            host_say saves 1
+        fi
         if [[ $host == "$speaker" ]] && ((SECONDS >= told + 10)); then
             told=$SECONDS
-            host_say say "$name: $(host_step), waiting up to $((deadline - SECONDS)) s more"
+            host_say say "$name: $at, waiting up to $((deadline - SECONDS)) s more"
         fi
         host_find_processes
     done

@@ -55,6 +55,14 @@ elif then == "fail" and rank == "1":
     # 298 bytes and then a character of four, which is cut after two of them
     sys.stderr.buffer.write(b"RuntimeError: " + b"x" * 284 + "\U0001f3d6\n".encode())
     sys.exit(3)
+elif then == "save-slowly":
+    beat = Path("outputs", name, "heartbeats", f"rank-{rank}.json")
+    beat.parent.mkdir(parents=True, exist_ok=True)
+    while not Path("outputs", name, "stop-requested").exists():
+        time.sleep(0.05)
+    beat.write_text(json.dumps(dict(phase="saving", step=5, time=time.time())))
+    time.sleep(4)
+    Path("seen", f"{name}.{rank}.saved").touch()
 else:
     time.sleep(600)
 """
@@ -354,6 +362,17 @@ def test_stop_from_inside_the_tmux_of_a_run_ends_the_run_and_not_itself(house, m
     assert "SIGKILL" not in stop.stdout
     assert not house.carriers("meek")
     assert (house.logs("meek") / "exit_code").read_text() != "0\n"  # the agent's, told to the end
+
+
+def test_stop_waits_for_a_save_that_takes_longer_than_the_grace(house):
+    start = house.launch("--name", "slow", "--", "--model-name", "x", "--then", "save-slowly")
+    assert start.returncode == 0, start.stderr
+    assert house.seen("slow")
+    stop = house.launch("stop", "--name", "slow", STOP_GRACE_SECONDS="2", SSH_SECONDS="1")
+    assert stop.returncode == 0, stop.stderr
+    assert "SIGTERM" not in stop.stdout and "did not end" not in stop.stdout, stop.stdout
+    assert (house.logs("slow") / "exit_code").read_text() == "0\n"
+    assert all((house.root / f"seen/slow.{rank}.saved").exists() for rank in range(2))
 
 
 # --- Refusals: nothing is started ---------------------------------------------------------
