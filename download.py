@@ -267,6 +267,7 @@ def prepare_rows(**inputs) -> Path:
         made_from = {name: str(value) if isinstance(value, Path) else value
                      for name, value in vars(asked).items() if name != "rows_dir"}
         meta = dict(format=FORMAT, kind=kind, **(made_from | counts), bad_rows=bad.count,
+                    passed_over=passed_over(asked.dataset_name),
                     today=encoder.today, seconds=round(time.perf_counter() - started, 1),
                     created=datetime.now(UTC).isoformat(),
                     sha256={path.name: file_sha256(path) for path in sorted(temporary.iterdir())})
@@ -314,6 +315,9 @@ def report(folder: Path) -> str:
     if meta["val_fraction"]:
         part = f", {'' if meta['held_out'] else 'without '}the {meta['val_fraction']:g} held out"
     today = f"; the template is told that today is {meta['today']}" if meta["today"] else ""
+    others = ""
+    if over := meta.get("passed_over"):  # older rows do not tell
+        others = f"  {len(over)} file(s) of other kinds passed over, the first {over[0]}\n"
     return (f"{meta['dataset_name']}: {kind} ({', '.join(needed)}){part}{today}\n"
             f"  {meta['documents']:,} documents, {meta['tokens']:,} tokens:"
             f" {meta['rows']:,} rows of {meta['seq_length']:,}"
@@ -322,7 +326,7 @@ def report(folder: Path) -> str:
             f"  {meta['truncated_documents']:,} documents truncated,"
             f" {meta['dropped_documents']:,} dropped, {meta['bad_rows']:,} bad rows skipped;"
             f" {meta['dropped_tokens']:,} tokens lost by it"
-            f"{' and with the last partial row' if kind == 'text' else ''}\n"
+            f"{' and with the last partial row' if kind == 'text' else ''}\n{others}"
             f"  made in {meta['seconds']:,} s, in {folder}")
 
 
@@ -631,6 +635,14 @@ def find_files(name: str) -> tuple[Path, list[Path]]:
     if not paths:
         raise InputError(f"dataset {name} is empty, 0 bytes; put documents into it")
     return root, paths
+
+
+def passed_over(name: str) -> list[str]:
+    """The files in a folder of data that are of no kind that can be read."""
+    root = path_of(name)
+    paths = files_below(root) if root.is_dir() else ()
+    return sorted(str(path.relative_to(root)) for path in paths if path.is_file()
+                  and reader_of(path) is None and not path.name.startswith("."))
 
 
 def files_below(root: Path) -> Iterator[Path]:

@@ -11,6 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,8 @@ from download import first_line
 from ranks import Processes, everywhere
 
 log = logging.getLogger("train_llm")
+
+WAIT = timedelta(minutes=30)  # for a rank that stays away, as FSDP's own group does
 
 # Elements of a unit's gradient that are summed at a time: 2 GiB in bfloat16. Each piece waits once
 # or twice for a matrix product to leave the GPU; in 12 pieces a layer of 405B took a layer's time.
@@ -96,7 +99,7 @@ class NodeMemory:
     def wait(self) -> None:
         """Let the GPU's stream wait until those of all ranks have come here. A rank that stays away
         for half an hour, after which NCCL would give up, too, is a CUDA error."""
-        self.shared.barrier(timeout_ms=1_800_000)
+        self.shared.barrier(timeout_ms=WAIT // timedelta(milliseconds=1))
 
 
 def aligned(count: int) -> int:
@@ -206,6 +209,8 @@ def convert(tensor: torch.Tensor, *places: torch.Tensor) -> None:
 
 
 # --- 3. Summing a unit's gradients ------------------------------------------------------------
+# What is computed in bfloat16 must not be summed in it. FSDP sends it as float32, and copies it
+# twice on the way. Here it travels as it is, and is added up, in float32, where it arrives.
 
 
 class GradientSum:
@@ -235,9 +240,11 @@ class GradientSum:
         self.before: torch.cuda.Event | None = None  # the end of the sum before
         self.unjoined: dict[int, list[torch.Tensor]] = {}  # by the address of their stand-in
         self.inbox: NodeMemory | None = None
-        backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        # By itself, a group of NCCL alone would give up after ten minutes.
+        options = dict(timeout=WAIT,
+                       backend="nccl" if processes.device.type == "cuda" else "gloo")
         if given == summed:
-            self.all = dist.new_group(backend=backend)
+            self.all = dist.new_group(**options)
             return
         self.add_up = compile_plain(add_up) if compiled else add_up
         nodes, local = (int(os.environ.get(name, 1)) for name in
@@ -245,8 +252,8 @@ class GradientSum:
         even = everywhere(nodes * local == self.ranks)
         self.nodes, self.local = (nodes, local) if even else (self.ranks, 1)
         grid = torch.arange(self.ranks).view(self.nodes, self.local)
-        self.within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), backend=backend)
-        self.between, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), backend=backend)
+        self.within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), **options)
+        self.between, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), **options)
 
     def __call__(self, gradient: torch.Tensor, shard: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of each rank's `gradient`, (ranks * n,): n elements, in `shard` if that has their

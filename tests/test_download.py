@@ -335,6 +335,10 @@ def test_a_folder_that_cannot_be_read_whole_is_refused(inputs, tmp_path):
     finally:
         os.seteuid(user)
     (folder / "locked").rmdir()
+    for name in ("b.jsonl.zst", "LICENSE", ".hidden"):
+        (folder / name).write_text("x")
+    made = prepare_rows(**inputs | dict(dataset_name=str(folder)))
+    assert "2 file(s) of other kinds passed over, the first LICENSE" in download.report(made)
     (folder / "linked").symlink_to(tmp_path)
     with pytest.raises(InputError, match="folder/linked is a link to a folder"):
         prepare_rows(**inputs | dict(dataset_name=str(folder)))
