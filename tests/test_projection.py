@@ -75,7 +75,7 @@ def test_memory_measured_on_one_number_of_gpus_is_taken_not_to_shrink():
 
 
 @pytest.mark.parametrize("name, gpus, memory, words", [
-    ("8B", 8, 80e9, "`off`: 23"),  # 16.1 of state, 3.4 at work, 2.1 of the root, 1.1 of inputs
+    ("8B", 8, 80e9, "`off`: 25"),  # 16.1 state, 3.4 work, 2.1 root, 1.1 inputs, 2.1 shared
     ("405B", 64, 80e9, "`optimizer`, inputs on the host: 71, host 947"),
     ("405B", 64, 141e9, "`optimizer`: 88, host 812"),
     ("405B", 32, 80e9, "`on`: 75, host 1,623"),  # 50 at work, 8.4 of the root, 16.9 of inputs

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from layers import PEAK_FLOPS, flops_per_token
+from units import PIECE
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ def needed(
     inputs = 2 * tokens * shape.hidden * shape.layers
     state = bytes_each["gpu"] * shape.parameters / gpus
     gpu = state + working * shape.layer / LAYER + 4 * shape.head
+    if gpus <= NODE:  # what its GPUs share: two shards of a unit, and two pieces of a gradient
+        unit = max(shape.layer, shape.head)
+        gpu += 2 * 2 * (unit + (gpus - 1) * min(unit, PIECE)) / gpus
     host = NODE * bytes_each["host"] * shape.parameters / gpus
     return gpu + (0 if inputs_away else inputs), host + (NODE * inputs if inputs_away else 0)
 
