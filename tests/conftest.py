@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,11 +121,26 @@ def rows_dir(tmp_path_factory) -> Path:
 
 
 def run(command: list, *, timeout: float = 120, **env) -> subprocess.CompletedProcess:
-    """Run a command from the project's folder; text output, no exception."""
-    return subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env=environment(**env), check=False,
-    )
+    """Run a command from the project's folder; text output, no exception but TimeoutExpired.
+
+    It gets SIGTERM when its time is over, or this process dies: torchrun then ends its ranks, which
+    SIGKILL would leave at work, and on a GPU.
+    """
+    words = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+    words += map(str, command)
+    with subprocess.Popen(words, cwd=ROOT, env=environment(**env), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                out, err = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+            raise subprocess.TimeoutExpired(words, timeout, out, err) from None
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def environment(**env) -> dict[str, str]:
