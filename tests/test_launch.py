@@ -558,7 +558,7 @@ def test_ranks_follow_the_addresses_as_text_and_the_rendezvous_is_the_first_of_t
     fleet.write_hosts("# ten\n" + "".join(f"node-{n}\n\n" for n in numbers))
     shown = fleet.launch("--dry-run", "--name", "ten", "--nproc-per-node", "4", *MODEL)
     assert shown.returncode == 0, shown.stderr
-    assert "reads the weights and writes metrics.jsonl, is on node-10 (" in shown.stdout
+    assert "rank 0, which writes metrics.jsonl, is on node-10 (" in shown.stdout
     assert shown.stdout.count("--rdzv-endpoint 10.1.0.3:29500") == 10
     is_host = [f"is_host={int(n == 3)} --local-addr 10.1.0.{n} " in shown.stdout for n in numbers]
     assert all(is_host)

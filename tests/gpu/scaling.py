@@ -21,6 +21,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -175,12 +176,17 @@ def bench_killed(bench: Bench, model: Path, *, steps: int, gpus: int) -> None:
     if done.returncode or straight.returncode:
         print(f"FAILED killed: {done.stderr[-1500:]}\n{straight.stderr[-1500:]}")
         return
-    pairs = [(a["loss"], b["loss"]) for a, b in zip(
-        read_metrics(killed), read_metrics(bench.folder / "straight"), strict=True)]
+    rows, others = (read_metrics(folder) for folder in (killed, bench.folder / "straight"))
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(rows, others, strict=True)]
+    # Of the first and the last quarter: nothing of the ranks before may be left on the GPUs.
+    before, after = (statistics.median(row["step_seconds"] for row in part)
+                     for part in (rows[5 : steps // 4], rows[-steps // 4 :]))
     bench.tables["killed"] = {
         "gpus": gpus, "steps": len(pairs), "seconds": seconds, "said": resumed, "losses": pairs,
-        "largest difference": max(abs(a - b) for a, b in pairs)}
+        "largest difference": max(abs(a - b) for a, b in pairs),
+        "step seconds before, after": (before, after)}
     print(f"{len(pairs)} steps on {gpus} GPUs in {seconds:.0f} s, killed on the way; {resumed};"
+          f" a step took {before * 1e3:.1f} ms before and {after * 1e3:.1f} after;"
           f" loss {pairs[0][0]:.4f} to {pairs[-1][0]:.4f}, at most"
           f" {bench.tables['killed']['largest difference']:.1e} from that on 2 GPUs", flush=True)
 
