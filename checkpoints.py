@@ -269,8 +269,11 @@ class Saver:
             return
         heart.beat("saving", state.step)
         self.finish()
-        if state.step == self.saved_step:
-            return
+        if state.step != self.saved_step:
+            self.begin(state, last=last)
+        heart.beat("training", state.step)
+
+    def begin(self, state: "TrainState", *, last: bool) -> None:
         target = self.folder / f"step-{state.step:08}"
         if self.processes.local_rank == 0:  # what a run that died half way may have left
             shutil.rmtree(target, ignore_errors=True)

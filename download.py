@@ -436,34 +436,21 @@ def find_folder(model_name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def check_weights(name: str, *, split: bool) -> str:
-    """What this node has of a model's weights: a digit for each file, in order, 1 if it is here.
-
-    "" if it has not even a list of them. Raises InputError if one is cut short, or, unless they are
-    `split` over several nodes, missing. Reads no weight.
+def list_weights(folder: Path) -> tuple[list[str], list[str]]:
+    """(files of a model's weights, in order, names of their tensors) as the index in `folder` tells
+    them; of a single file without the names. Raises InputError if the index is broken.
     """
-    from huggingface_hub import constants
-
-    folder = find_folder(name)
-    again = ("copy the model's files again" if is_local(name) else
-             f"python download.py --model-name {name} fetches them")
-    remedy = f"{again}, or start without its weights with --random-init"
-    for kind in ("model.safetensors", "pytorch_model.bin") if folder else ():
-        # In the order in which transformers looks for them.
-        index, files = folder / f"{kind}.index.json", [kind]
-        if not (folder / kind).exists():
-            if not index.exists():
-                continue
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        bad = [file for file in files if not is_whole(folder / file)
-               and not (split and not (folder / file).exists())]
-        if bad:
-            raise InputError(f"{len(bad)} of the {len(files)} files of weights in {folder} are"
-                             f" missing or cut short, the first {bad[0]}; {remedy}")
-        return "".join(str(int((folder / file).exists())) for file in files)
-    if not split and (is_local(name) or constants.HF_HUB_OFFLINE):
-        raise InputError(f"{folder or name} has no weights (model.safetensors); {remedy}")
-    return ""
+    for file in ("model.safetensors", "pytorch_model.bin"):  # as transformers looks for them
+        index = folder / f"{file}.index.json"
+        if (folder / file).exists():
+            return [file], []
+        if index.exists():
+            try:
+                file_of = json.loads(index.read_text())["weight_map"]
+                return sorted(set(file_of.values())), list(file_of)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{index} is broken ({error!r}); copy it again") from error
+    return [], []
 
 
 def is_whole(path: Path) -> bool:

@@ -147,6 +147,9 @@ choose_name() {
     [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$ ]] ||
         refuse "'$name' cannot name a run: use up to 64 letters, digits, dots, dashes, underscores"
     option model-name > /dev/null || demo=1
+    # the demo's batch is for as many processes as there are, unless a batch is named
+    sized=$demo
+    if option batch-size > /dev/null || option global-batch-size > /dev/null; then sized=''; fi
     [[ ! $demo ]] || options=("${demo_recipe[@]}" "${options[@]}")
     options=(--experiment-name "$name" "${options[@]}")
     save_dir=$(option save-dir) || save_dir=outputs
@@ -214,7 +217,7 @@ call_hosts() {
       for variable in $(compgen -e |
           grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$') "${environment[@]}"
       do printf 'export %s=%q\n' "$variable" "${!variable}"; done
-      declare -p name hosts options save_dir model data rows_dir demo sources max_restarts port \
+      declare -p name hosts options save_dir model data rows_dir demo sized sources max_restarts port \
           grace kill_grace run_id PYTHON
       # shellcheck disable=SC2046
       declare -f $(compgen -A function host_)
@@ -554,21 +557,30 @@ sort_paths() {
     done
 }
 
-# Where each host may have a part of the weights, together they need all. Each told a digit for each
-# file, 1 if it is there; rank 0's host none if it wants no weights.
+# Where each host may have a part of the weights, together they need all. Each tells what it has: see
+# `check` of weights.py. Rank 0's host tells nothing if it wants none, or needs all of them itself.
 unite_weights() {
-    local i k nowhere=() together=${fact[$rank_0,weights]:-}
-    for i in "${asked[@]}"; do
-        [[ ${fact[$i,weights]:-} ]] || continue
+    local i k told together='' nowhere=() hoped=1
+    [[ ${fact[$rank_0,weights]:-} ]] || return 0
+    for i in "${!hosts[@]}"; do
+        [[ ! ${fact[$i,failed]:-} ]] || return 0 # it may have what the others lack
+        told=${fact[$i,weights]:-}
+        [[ $told != - ]] || hoped=''
+        [[ $told == [01x]* ]] || continue
+        : "${together:=$told}"
         for ((k = 0; k < ${#together}; k++)); do
-            [[ ${fact[$i,weights]:k:1} != 1 ]] || together=${together:0:k}1${together:k+1}
+            [[ ${told:k:1} != 1 ]] || together=${together:0:k}1${together:k+1}
+            [[ ${told:k:1} != x ]] || blame "$i" "of its files of weights, by name, number" \
+                "$((k + 1)) is cut short; copy or fetch it again"
         done
     done
+    [[ $together || $hoped ]] || blame "$rank_0" "no host has weights of $model; copy or fetch" \
+        "them, or start without them with --random-init"
     for ((k = 0; k < ${#together}; k++)); do
-        [[ ${together:k:1} == 1 ]] || nowhere+=($((k + 1)))
+        [[ ${together:k:1} != 0 ]] || nowhere+=($((k + 1)))
     done
-    ((!${#nowhere[@]})) || blame "$rank_0" "no host has ${#nowhere[@]} of the ${#together} files of" \
-        "weights, the first by name is number ${nowhere[0]}; fetch them with download.py"
+    ((!${#nowhere[@]})) || blame "$rank_0" "no host has ${#nowhere[@]} of the ${#together} files" \
+        "of weights, the first by name is number ${nowhere[0]}; fetch them with download.py"
 }
 
 tell_hosts() {
@@ -728,9 +740,11 @@ EOF
 
 # The demo's step has eight rows, or as many more as all processes take alike.
 host_size_demo() {
-    local all=$((${#hosts[@]} * ranks)) each
-    each=$(((8 + all - 1) / all)) sizes=()
-    [[ ! $demo ]] || sizes=(--batch-size "$each" --global-batch-size $((each * all)))
+    local all each
+    sizes=()
+    [[ $sized && $ranks =~ ^[0-9]+$ ]] || return 0
+    all=$((${#hosts[@]} * ranks)) each=$(((8 + all - 1) / all))
+    sizes=(--batch-size "$each" --global-batch-size $((each * all)))
 }
 
 # LOCAL_WORLD_SIZE tells the trainer how many ranks' part of a checkpoint this disk must hold.
@@ -1306,8 +1320,21 @@ host_stop() {
 # A process that ended has no command line, even while nobody has asked for its exit code.
 host_is_alive() { { IFS= read -r -d '' _ < "/proc/$1/cmdline"; } 2> /dev/null; }
 
+# Whether a rank here says that it saves, and lives.
+host_saves() {
+    local file line value='": *"?([^,"}]*)'
+    while IFS= read -r file; do
+        line=$(< "$file") || continue
+        [[ $line =~ \"phase$value && ${BASH_REMATCH[1]} == @(saving|exporting) ]] || continue
+        [[ $line =~ \"pid$value && " ${pids[*]} " == *" ${BASH_REMATCH[1]} "* ]] || continue
+        return 0
+    done < <(find "${request%/*}/heartbeats" -newer "$run_dir/run_id" -name 'rank-*.json' \
+        2> /dev/null)
+    return 1
+}
+
 host_ask_to_end() {
-    local deadline=$((SECONDS + grace)) told=$SECONDS at
+    local deadline=$((SECONDS + grace)) told=$SECONDS at a_day=$((SECONDS + 86400))
     mkdir -p "$(dirname "$request")"
     touch "$request"
     [[ $host != "$speaker" ]] || host_say say "$name: asked to save and end at its next step;" \
@@ -1315,7 +1342,7 @@ host_ask_to_end() {
     while [[ ! -e $run_dir/exit_code ]] && ((${#pids[@]} && SECONDS < deadline)); do
         sleep 0.5
         at=$(host_step)
-        if [[ $at =~ \((saving|exporting)\) ]]; then
+        if host_saves && ((SECONDS < a_day)); then
             deadline=$((SECONDS + grace)) # it ends when that has ended
             host_say saves 1
         fi

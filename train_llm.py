@@ -344,8 +344,8 @@ def check_node(args: argparse.Namespace, model: nn.Module, processes: Processes)
     """Print what would run. Raises InputError if this node lacks weights that it is to read, or
     room for checkpoints."""
     folder, first = args.save_dir / args.experiment_name, processes.rank == 0
-    loads = not args.random_init and not (first and checkpoints.whole_checkpoints(folder))
-    found = weights.check(args, processes) if loads else ""
+    loads = not args.random_init and not checkpoints.whole_checkpoints(folder)
+    found = weights.check(model, args, processes) if loads else ""
     part = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / processes.world_size
     parameters = sum(p.numel() for p in model.parameters())
     checkpoints.check_room(folder, args, parameters=parameters, part=part, exports=first)

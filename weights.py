@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import constants
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from tqdm import tqdm
@@ -36,7 +37,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from checkpoints import DTYPES as CODES
 from checkpoints import clean, own_slices
-from download import InputError, check_weights, find_folder, first_line, is_local
+from download import InputError, find_folder, first_line, is_local, is_whole, list_weights
 from ranks import Processes
 
 log = logging.getLogger("train_llm")
@@ -114,19 +115,37 @@ def look(model_name: str, processes: Processes) -> dict:
     return report
 
 
-def check(args: Namespace, processes: Processes) -> str:
-    """What this node has of the weights, for --check. Raises InputError for files cut short, and
-    for missing ones that no other node can have. A last line is for launch.sh, which compares it.
+def check(model: nn.Module, args: Namespace, processes: Processes) -> str:
+    """What this node has of the weights, for --check. Raises InputError if it lacks a file that no
+    other node can have for it.
+
+    Where files may lie split over several nodes, launch.sh compares what each says in a last line:
+    a digit for each file, 1 if it is here, x if it is cut short; `-` if not even a list of them is
+    here, and `?` if rank 0 would then download them.
     """
-    split = args.load != "rank0" and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    name, folder = args.model_name, find_folder(args.model_name)
+    files, tensors = list_weights(folder) if folder else ([], [])
+    safe = not files or files[0].endswith(".safetensors")
+    split = (int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and args.load != "rank0" and safe
+             and not renamed(model, tensors))
     if processes.rank and not split:
         return ""
-    here, words = check_weights(args.model_name, split=split), "none here"
-    if here:
-        words = f"{here.count('1')} of {len(here)} file(s) here"
-    elif not is_local(args.model_name):
-        words += "; rank 0 downloads what no node has"
-    return f"\n  weights    {words}" + (f"\nweights-here {here}" if split and here else "")
+    state = "".join("0" if not (folder / file).exists() else
+                    "1" if is_whole(folder / file) else "x" for file in files)
+    downloads = not is_local(name) and not constants.HF_HUB_OFFLINE and not (files and safe)
+    again = ("copy the model's files again" if is_local(name) else
+             f"python download.py --model-name {name} fetches them")
+    remedy = f"{again}, or start without its weights with --random-init"
+    if not (split or downloads or files):
+        raise InputError(f"{folder or name} has no weights (model.safetensors); {remedy}")
+    bad = [file for file, digit in zip(files, state, strict=True) if digit != "1"]
+    if bad and not (split or downloads):
+        raise InputError(f"{len(bad)} of the {len(files)} files of weights in {folder} are missing"
+                         f" or cut short, the first {bad[0]}; {remedy}")
+    words = f"{state.count('1')} of {len(state)} file(s) here" if files else "none here"
+    words += "; rank 0 downloads what no node has" if downloads else ""
+    told = f"\nweights-here {state or ('?' if downloads else '-')}" if split else ""
+    return f"\n  weights    {words}{told}"
 
 
 # --- 2. Who reads what ------------------------------------------------------------------------
@@ -219,6 +238,12 @@ def names_of_tensors(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
+def renamed(model: nn.Module, names: Iterable[str]) -> str:
+    """The first name in files of weights that transformers gives another; nothing if none."""
+    return next((name for transform in get_model_conversion_mapping(model) for name in names
+                 if transform.rename_source_key(name) != (name, None)), "")
+
+
 def match_names(
     model: nn.Module, stored: dict[str, Stored], model_name: str
 ) -> tuple[dict[str, Stored], str]:
@@ -228,10 +253,8 @@ def match_names(
     """
     if not stored:
         return {}, f"no safetensors files of {model_name} are here"
-    for transform in get_model_conversion_mapping(model):
-        for name in stored:
-            if transform.rename_source_key(name) != (name, None):
-                return {}, f"transformers converts this model's tensors, {name} for one"
+    if name := renamed(model, stored):
+        return {}, f"transformers converts this model's tensors, {name} for one"
     matched, wanted = {}, model.state_dict(keep_vars=True)
     for names in names_of_tensors(model).values():
         there = [name for name in names if name in stored]

@@ -7,6 +7,7 @@ from conftest import build_tiny_model, options_of
 
 import checkpoints
 import train_llm
+import weights
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,49 @@ def test_only_the_node_of_rank_0_needs_weights_and_a_random_start_none(
     check(model, corpus, tmp_path, random_init=None)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    check(model, corpus, tmp_path)
+
+
+def test_a_node_of_several_tells_what_it_has_and_needs_no_more(
+    in_pieces, corpus, tmp_path, monkeypatch, capsys
+):
+    def told(**options) -> str:
+        check(model, corpus, tmp_path, **options)
+        return capsys.readouterr().out.partition("weights-here ")[2].strip()
+
+    model = shutil.copytree(in_pieces, tmp_path / "model")
+    files = sorted(model.glob("model-*.safetensors"))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert told() == len(files) * "1"
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    assert told() == "0x" + (len(files) - 2) * "1"
+    assert told(random_init=None) == told(load="rank0") == ""
+    monkeypatch.setenv("RANK", "0")
+    assert f"2 of the {len(files)} files" in refusal(model, corpus, tmp_path, load="rank0")
+    assert told() == "0x" + (len(files) - 2) * "1"
+    index = model / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert "index.json is broken (KeyError('weight_map'))" in refusal(model, corpus, tmp_path)
+    index.unlink()
+    assert told() == "-"
+    monkeypatch.setattr(weights.constants, "HF_HUB_OFFLINE", False)
+    assert told() == "-"
+    monkeypatch.setattr(weights, "is_local", lambda name: False)
+    assert told() == "?"
+
+
+def test_what_transformers_converts_must_lie_on_the_node_of_rank_0(
+    corpus, tmp_path, monkeypatch
+):
+    model = build_tiny_model(tmp_path / "mixtral", "mixtral", file_bytes="50KB")
+    first = min(model.glob("model-*.safetensors"))
+    first.unlink()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert f"missing or cut short, the first {first.name}" in refusal(model, corpus, tmp_path)
+    monkeypatch.setenv("RANK", "1")
     check(model, corpus, tmp_path)
 
 

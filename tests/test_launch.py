@@ -60,7 +60,7 @@ elif then == "save-slowly":
     beat.parent.mkdir(parents=True, exist_ok=True)
     while not Path("outputs", name, "stop-requested").exists():
         time.sleep(0.05)
-    beat.write_text(json.dumps(dict(phase="saving", step=5, time=time.time())))
+    beat.write_text(json.dumps(dict(phase="saving", step=5, time=time.time(), pid=os.getpid())))
     time.sleep(4)
     Path("seen", f"{name}.{rank}.saved").touch()
 else:
@@ -368,7 +368,7 @@ def test_stop_waits_for_a_save_that_takes_longer_than_the_grace(house):
     start = house.launch("--name", "slow", "--", "--model-name", "x", "--then", "save-slowly")
     assert start.returncode == 0, start.stderr
     assert house.seen("slow")
-    stop = house.launch("stop", "--name", "slow", STOP_GRACE_SECONDS="2", SSH_SECONDS="1")
+    stop = house.launch("stop", "--name", "slow", STOP_GRACE_SECONDS="2", SSH_SECONDS="5")
     assert stop.returncode == 0, stop.stderr
     assert "SIGTERM" not in stop.stdout and "did not end" not in stop.stdout, stop.stdout
     assert (house.logs("slow") / "exit_code").read_text() == "0\n"
