@@ -23,6 +23,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -127,24 +128,34 @@ def failure(error: Exception) -> str:
     return "\n".join(line for line in lines if re.search(r"Error|error:|^job|Unsupported", line))
 
 
-NVIDIA_SMI = ["nvidia-smi", "--format=csv,noheader,nounits"]
+def nvidia_smi(gpus: int, *words: str) -> list[str]:
+    """The command that asks about the first `gpus` of those that this process sees; [] if none."""
+    if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return []
+    there = ",".join(map(str, range(torch.cuda.device_count())))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or there
+    return ["nvidia-smi", "--format=csv,noheader,nounits", "-i",
+            ",".join(seen.split(",")[:gpus]), *words]
 
 
 class Clocks:
     """The GPUs' clocks and power while inside, asked for twice a second; on CPU nothing."""
 
+    def __init__(self, gpus: int):
+        self.command = nvidia_smi(gpus, "--query-gpu=clocks.sm,power.draw", "--loop-ms=500")
+
     def __enter__(self):
         self.answers: list[tuple[float, float, float]] = []  # (time, SM clock, power)
         self.smi = None
-        if torch.cuda.is_available():
-            self.smi = subprocess.Popen([*NVIDIA_SMI, "--query-gpu=clocks.sm,power.draw",
-                                         "--loop-ms=500"], stdout=subprocess.PIPE, text=True)
+        if self.command:
+            self.smi = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
             threading.Thread(target=self.listen).start()
         return self
 
     def listen(self) -> None:
         for line in self.smi.stdout:
-            self.answers.append((time.time(), *map(float, line.split(", "))))
+            with contextlib.suppress(ValueError):  # a GPU that does not tell
+                self.answers.append((time.time(), *map(float, line.split(", "))))
 
     def __exit__(self, *_) -> None:
         if self.smi:
@@ -158,11 +169,10 @@ class Clocks:
         return dict(zip(("sm_mhz", "watts"), medians, strict=True))
 
 
-def refuse_gpus_in_use() -> None:
+def refuse_gpus_in_use(gpus: int) -> None:
     """SystemExit where somebody has memory of these GPUs, as a benchmark that was killed may."""
-    if torch.cuda.is_available():
-        told = subprocess.run([*NVIDIA_SMI, "--query-gpu=memory.used"], capture_output=True,
-                              text=True, check=True).stdout.split()
+    if command := nvidia_smi(gpus, "--query-gpu=memory.used"):
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         if max(map(int, told)) > 2048:
             raise SystemExit(f"of these GPUs {', '.join(told)} MiB are in use; what is measured"
                              " beside that is worth nothing: nvidia-smi tells who it is")
@@ -173,7 +183,7 @@ class Bench:
 
     def __init__(self, folder: Path, gpus: int, only: str, out: Path):
         """`out`: the JSON file of all tables, written whenever one is complete."""
-        refuse_gpus_in_use()
+        refuse_gpus_in_use(gpus)
         self.only, self.out = only, out
         self.folder, self.gpus, self.data = folder, gpus, write_text(folder / "text.jsonl", 4)
         self.versions, self.tables, self.runs, self.unsharded = {}, {}, 0, {}
@@ -194,7 +204,7 @@ class Bench:
         for name in jobs:
             compiled = bool(cases[name].get("compile"))
             groups.setdefault(compiled if together else name, []).append(name)
-        with Clocks() as clocks:
+        with Clocks(gpus) as clocks:
             for group in groups.values():
                 started = time.perf_counter()
                 try:

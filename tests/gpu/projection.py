@@ -112,6 +112,9 @@ def working_memory(tables: dict, tokens: int, kind: str) -> tuple[float, list[in
             gpus = int(match[1])
             state = 16 * LLAMA["405B"].slice_of(2, VOCABULARY) / gpus
             found[gpus] = rows[kind]["peak_reserved_gib"] * 2**30 - state
+    if not found:
+        raise SystemExit(f"no slice of two layers of 405B, {kind}, was measured there with rows of"
+                         f" {tokens:,} tokens")
     few, many = min(found), max(found)
     if few == many:
         return found[many], [many]
