@@ -178,9 +178,9 @@ def bench_killed(bench: Bench, model: Path, *, steps: int, gpus: int) -> None:
         return
     rows, others = (read_metrics(folder) for folder in (killed, bench.folder / "straight"))
     pairs = [(a["loss"], b["loss"]) for a, b in zip(rows, others, strict=True)]
-    # Of the first and the last quarter: nothing of the ranks before may be left on the GPUs.
+    # Of the first half and the last quarter: nothing of the dead ranks may be left on the GPUs.
     before, after = (statistics.median(row["step_seconds"] for row in part)
-                     for part in (rows[5 : steps // 4], rows[-steps // 4 :]))
+                     for part in (rows[1 : steps // 2], rows[-steps // 4 :]))
     bench.tables["killed"] = {
         "gpus": gpus, "steps": len(pairs), "seconds": seconds, "said": resumed, "losses": pairs,
         "largest difference": max(abs(a - b) for a, b in pairs),
