@@ -274,6 +274,7 @@ class Saver:
         heart.beat("training", state.step)
 
     def begin(self, state: "TrainState", *, last: bool) -> None:
+        """Write `state`, or have it written beside training unless it is the `last`."""
         target = self.folder / f"step-{state.step:08}"
         if self.processes.local_rank == 0:  # what a run that died half way may have left
             shutil.rmtree(target, ignore_errors=True)
@@ -336,7 +337,7 @@ class Saver:
             wait([self.in_flight], timeout=0.5)
             if not ended and store.check([failed]):
                 wait([self.in_flight], timeout=ENDS_BY_ITSELF)
-                for writer in multiprocessing.active_children():
+                for writer in multiprocessing.active_children():  # there are no others
                     writer.kill()
                 ended = True
         if not (error := self.in_flight.exception()):

@@ -26,9 +26,9 @@
 #
 # Environment: PYTHON (the interpreter, at the same path on every host; default: python on PATH),
 # SSH_SECONDS (60: the longest one question to one host may take; the trainer's own check may take
-# ten times that), STOP_GRACE_SECONDS (300: how long stop waits for the run to end; the hours that a
-# save takes do not count), KILL_GRACE_SECONDS (30: how long SIGTERM may take before SIGKILL). On localhost the whole
-# environment reaches the run; other hosts get HF_*, NCCL_*, GLOO_*, PYTORCH_*, TORCH_*,
+# ten times that), STOP_GRACE_SECONDS (300: how long stop waits for the run to end; what a save takes
+# does not count), KILL_GRACE_SECONDS (30: how long SIGTERM may take before SIGKILL). On localhost
+# the whole environment reaches the run; other hosts get HF_*, NCCL_*, GLOO_*, PYTORCH_*, TORCH_*,
 # OMP_NUM_THREADS and what --env names. The project lies at the same path on every host, and paths
 # among the OPTIONS are relative to it. Output goes to logs/NAME/HOST/, results to outputs/NAME/, on
 # the disks of the hosts.

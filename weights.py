@@ -125,14 +125,14 @@ def check(model: nn.Module, args: Namespace, processes: Processes) -> str:
     """
     name, folder = args.model_name, find_folder(args.model_name)
     files, tensors = list_weights(folder) if folder else ([], [])
-    safe = not files or files[0].endswith(".safetensors")
-    split = (int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and args.load != "rank0" and safe
-             and not renamed(model, tensors))
+    pickled = any(file.endswith(".bin") for file in files)  # then from_pretrained reads, on rank 0
+    split = (int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and args.load != "rank0"
+             and not pickled and not renamed(model, tensors))
     if processes.rank and not split:
         return ""
     state = "".join("0" if not (folder / file).exists() else
                     "1" if is_whole(folder / file) else "x" for file in files)
-    downloads = not is_local(name) and not constants.HF_HUB_OFFLINE and not (files and safe)
+    downloads = not is_local(name) and not constants.HF_HUB_OFFLINE and (pickled or not files)
     again = ("copy the model's files again" if is_local(name) else
              f"python download.py --model-name {name} fetches them")
     remedy = f"{again}, or start without its weights with --random-init"
