@@ -282,6 +282,10 @@ def convert(model: nn.Module, model_name: str, why: str, stored: dict[str, Store
     dtype = "auto" if None in found or not floats else torch.float32
     if len(floats) == 1 and dtype != "auto":
         dtype = floats.pop()
+    if dtype != "auto":
+        held = dtype.itemsize * sum(math.prod(tensor.shape) for tensor in stored.values())
+        log.info("rank 0 may need %.1f GB of host memory for the whole model, since %s",
+                 held / 1e9, why)
     try:
         source, report = AutoModelForCausalLM.from_pretrained(
             model_name, dtype=dtype, output_loading_info=True

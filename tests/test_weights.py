@@ -188,6 +188,12 @@ def test_a_forced_way_that_the_files_do_not_allow_is_refused(models, nodes):
                                         random_init=None, load="rank0"))
 
 
+def test_what_rank_0_needs_to_convert_a_model_is_told(models, caplog):
+    with caplog.at_level("INFO", "train_llm"):
+        decide([models["other names"]])
+    assert "GB of host memory for the whole model, since transformers converts" in caplog.text
+
+
 def test_spread_is_what_auto_does(models):
     forced, chosen = (decide([models["tied"]] * 3, load) for load in ("spread", "auto"))
     assert forced.readers == chosen.readers and forced.tensors == chosen.tensors
