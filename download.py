@@ -440,17 +440,23 @@ def list_weights(folder: Path) -> tuple[list[str], list[str]]:
     """(files of a model's weights, in order, names of their tensors) as the index in `folder` tells
     them; of a single file without the names. Raises InputError if the index is broken.
     """
-    for file in ("model.safetensors", "pytorch_model.bin"):  # as transformers looks for them
+    for file in (WEIGHTS, "pytorch_model.bin"):  # as transformers looks for them
         index = folder / f"{file}.index.json"
         if (folder / file).exists():
             return [file], []
         if index.exists():
-            try:
-                file_of = json.loads(index.read_text())["weight_map"]
-                return sorted(set(file_of.values())), list(file_of)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index} is broken ({error!r}); copy it again") from error
+            files, file_of = read_index(index)
+            return files, list(file_of)
     return [], []
+
+
+def read_index(index: Path) -> tuple[list[str], dict[str, str]]:
+    """(files of weights, in order, {tensor: its file}). Raises InputError if it is broken."""
+    try:
+        file_of = json.loads(index.read_text())["weight_map"]
+        return sorted(set(file_of.values())), file_of
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} is broken ({error!r}); copy or fetch it again") from error
 
 
 def is_whole(path: Path) -> bool:
@@ -614,8 +620,7 @@ def find_files(name: str) -> tuple[Path, list[Path]]:
             raise InputError(f"{name} is of no kind that can be read; needed: {kinds}")
         root, paths = root.parent, [root]
     else:
-        paths = [path for path in sorted(files_below(root)) if path.is_file() and reader_of(path)
-                 and not path.name.startswith(".")]
+        paths, _ = sort_files(root)
         if not paths:
             raise InputError(f"folder {name} has no file that can be read; needed: {kinds}")
     paths = [path for path in paths if path.stat().st_size]
@@ -627,9 +632,15 @@ def find_files(name: str) -> tuple[Path, list[Path]]:
 def passed_over(name: str) -> list[str]:
     """The files in a folder of data that are of no kind that can be read."""
     root = path_of(name)
-    paths = files_below(root) if root.is_dir() else ()
-    return sorted(str(path.relative_to(root)) for path in paths if path.is_file()
-                  and reader_of(path) is None and not path.name.startswith("."))
+    return [str(path.relative_to(root)) for path in sort_files(root)[1]] if root.is_dir() else []
+
+
+def sort_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """(files of kinds that can be read, the others) in a folder, in order, without hidden ones."""
+    files = [path for path in sorted(files_below(root)) if path.is_file()
+             and not path.name.startswith(".")]
+    return ([path for path in files if reader_of(path)],
+            [path for path in files if not reader_of(path)])
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -1528,10 +1539,7 @@ def weight_names(folder: Path, names: Collection[str]) -> list[str]:
                          f" {', '.join(others[:3]) or 'files without weights'}; train_llm.py"
                          " reads safetensors: name a model or --revision that has them, or convert"
                          " it with from_pretrained and save_pretrained")
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index} is no index of weights ({error!r}); fetch it again") from error
+    return read_index(index)[0]
 
 
 def require(names: list[str], there: Collection[str], folder: Path) -> None:

@@ -26,12 +26,12 @@
 #
 # Environment: PYTHON (the interpreter, at the same path on every host; default: python on PATH),
 # SSH_SECONDS (60: the longest one question to one host may take; the trainer's own check may take
-# ten times that), STOP_GRACE_SECONDS (300: how long stop waits for the run to end; what a save takes
-# does not count), KILL_GRACE_SECONDS (30: how long SIGTERM may take before SIGKILL). On localhost
-# the whole environment reaches the run; other hosts get HF_*, NCCL_*, GLOO_*, PYTORCH_*, TORCH_*,
-# OMP_NUM_THREADS and what --env names. The project lies at the same path on every host, and paths
-# among the OPTIONS are relative to it. Output goes to logs/NAME/HOST/, results to outputs/NAME/, on
-# the disks of the hosts.
+# ten times that), STOP_GRACE_SECONDS (300: how long stop waits for the run to end; what a save
+# takes does not count), KILL_GRACE_SECONDS (30: how long SIGTERM may take before SIGKILL). On
+# localhost the whole environment reaches the run; other hosts get HF_*, NCCL_*, GLOO_*, PYTORCH_*,
+# TORCH_*, OMP_NUM_THREADS and what --env names. The project lies at the same path on every host,
+# and paths among the OPTIONS are relative to it. Output goes to logs/NAME/HOST/, results to
+# outputs/NAME/, on the disks of the hosts.
 
 set -euo pipefail
 
@@ -217,8 +217,8 @@ call_hosts() {
       for variable in $(compgen -e |
           grep -E '^(HF_|NCCL_|GLOO_|PYTORCH_|TORCH_)|^OMP_NUM_THREADS$') "${environment[@]}"
       do printf 'export %s=%q\n' "$variable" "${!variable}"; done
-      declare -p name hosts options save_dir model data rows_dir demo sized sources max_restarts port \
-          grace kill_grace run_id PYTHON
+      declare -p name hosts options save_dir model data rows_dir demo sized sources max_restarts \
+          port grace kill_grace run_id PYTHON
       # shellcheck disable=SC2046
       declare -f $(compgen -A function host_)
       printf 'cd %q || { host_say fail there is no folder %q, copy the project there; exit 3; }\n' \
@@ -557,8 +557,8 @@ sort_paths() {
     done
 }
 
-# Where each host may have a part of the weights, together they need all. Each tells what it has: see
-# `check` of weights.py. Rank 0's host tells nothing if it wants none, or needs all of them itself.
+# Where each host may have a part of the weights, together they need all. Each tells what it has:
+# see `check` of weights.py. Rank 0's host tells nothing if it wants none, or all for itself.
 unite_weights() {
     local i k told together='' nowhere=() hoped=1
     [[ ${fact[$rank_0,weights]:-} ]] || return 0
@@ -1095,20 +1095,34 @@ host_status() {
     host_say step "$(host_step)"
 }
 
-# The last step of this host's slowest rank by its heartbeat, else the last row of the metrics.
-host_step() {
-    local folder file line oldest='' said='' value='": *"?([^,"}]*)'
-    folder=$(< "$run_dir/save_dir")/$name
+# The heartbeats of this host's ranks since the start, a line each.
+host_beats() {
+    local file line told
     while IFS= read -r file; do
         line=$(< "$file") || continue
-        [[ ! $line =~ \"host$value || ${BASH_REMATCH[1]} == "$(uname -n)" ]] || continue
-        [[ $line =~ \"time$value ]] || continue
-        [[ ! $oldest || ${BASH_REMATCH[1]%.*} -lt $oldest ]] || continue
-        oldest=${BASH_REMATCH[1]%.*} said=step
-        [[ ! $line =~ \"step$value ]] || said+=" ${BASH_REMATCH[1]}"
-        [[ ! $line =~ \"steps$value ]] || said+=" of ${BASH_REMATCH[1]}"
-        [[ ! $line =~ \"phase$value ]] || said+=" (${BASH_REMATCH[1]})"
-    done < <(find "$folder/heartbeats" -newer "$run_dir/run_id" -name 'rank-*.json' 2> /dev/null)
+        if host_told host && [[ $told != "$(uname -n)" ]]; then continue; fi
+        printf '%s\n' "${line//$'\n'/ }"
+    done < <(find "$(< "$run_dir/save_dir")/$name/heartbeats" -newer "$run_dir/run_id" \
+        -name 'rank-*.json' 2> /dev/null)
+}
+
+host_told() { # KEY: sets told to what the heartbeat in `line` says of it; fails if nothing
+    local pattern="\"$1\": *\"?([^,\"}]*)"
+    [[ $line =~ $pattern ]] && told=${BASH_REMATCH[1]}
+}
+
+# The last step of this host's slowest rank by its heartbeat, else the last row of the metrics.
+host_step() {
+    local folder line told oldest='' said=''
+    folder=$(< "$run_dir/save_dir")/$name
+    while IFS= read -r line; do
+        host_told time || continue
+        [[ ! $oldest || ${told%.*} -lt $oldest ]] || continue
+        oldest=${told%.*} said=step
+        ! host_told step || said+=" $told"
+        ! host_told steps || said+=" of $told"
+        ! host_told phase || said+=" ($told)"
+    done < <(host_beats)
     if [[ ! $said && $folder/metrics.jsonl -nt $run_dir/run_id ]]; then
         line=$(tail -n 1 "$folder/metrics.jsonl")
         [[ $line =~ \"step\":\ *([0-9]+) ]] && said="step ${BASH_REMATCH[1]}"
@@ -1322,14 +1336,11 @@ host_is_alive() { { IFS= read -r -d '' _ < "/proc/$1/cmdline"; } 2> /dev/null; }
 
 # Whether a rank here says that it saves, and lives.
 host_saves() {
-    local file line value='": *"?([^,"}]*)'
-    while IFS= read -r file; do
-        line=$(< "$file") || continue
-        [[ $line =~ \"phase$value && ${BASH_REMATCH[1]} == @(saving|exporting) ]] || continue
-        [[ $line =~ \"pid$value && " ${pids[*]} " == *" ${BASH_REMATCH[1]} "* ]] || continue
-        return 0
-    done < <(find "${request%/*}/heartbeats" -newer "$run_dir/run_id" -name 'rank-*.json' \
-        2> /dev/null)
+    local line told
+    while IFS= read -r line; do
+        if host_told phase && [[ $told == @(saving|exporting) ]] &&
+            host_told pid && [[ " ${pids[*]} " == *" $told "* ]]; then return 0; fi
+    done < <(host_beats)
     return 1
 }
 

@@ -37,7 +37,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from checkpoints import DTYPES as CODES
 from checkpoints import clean, own_slices
-from download import InputError, find_folder, first_line, is_local, is_whole, list_weights
+from download import (
+    InputError,
+    find_folder,
+    first_line,
+    is_local,
+    is_whole,
+    list_weights,
+    read_index,
+)
 from ranks import Processes
 
 log = logging.getLogger("train_llm")
@@ -100,11 +108,8 @@ def look(model_name: str, processes: Processes) -> dict:
         if (folder / ONE_FILE).exists():  # the order in which transformers looks, too
             report["files"][ONE_FILE] = read_header(folder / ONE_FILE)
         elif (folder / INDEX).exists():
-            try:
-                report["promised"] = json.loads((folder / INDEX).read_text())["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise InputError(f"{folder / INDEX} is broken: {error}") from error
-            for file in sorted(set(report["promised"].values())):
+            files, report["promised"] = read_index(folder / INDEX)
+            for file in files:
                 if (folder / file).exists():
                     report["files"][file] = read_header(folder / file)
             for name, file in report["promised"].items():

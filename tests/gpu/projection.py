@@ -203,15 +203,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.gpus % NODE or args.gpus <= NODE:
         parser.error(f"--gpus {args.gpus}: must be a multiple of {NODE}, and more than one node")
-    for number, file in enumerate(args.measured):
-        rows, sizes = project(
+    rows = []
+    for file in args.measured:
+        found, sizes = project(
             json.loads(file.read_text())["tables"], gpus=args.gpus, network=args.network * 1e9,
             host=args.host_bandwidth * 1e9)
-        if not number:
-            print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-        for row in rows:
-            print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v)
-                                    for v in row.values()) + " |")
+        rows += found
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v)
+                                for v in row.values()) + " |")
     print(ASSUMPTIONS.format(network=args.network, host=args.host_bandwidth, sizes=sizes))
 
 
