@@ -7,7 +7,9 @@ Every tiny run is 10 steps in bfloat16. Losses are held against float32 ones of 
 
 import gzip
 import json
+import math
 import shutil
+import statistics
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -231,15 +233,22 @@ def test_8b_wide_layers_train_and_their_figures_are_sane(wide):
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_float8_trains_8b_wide_layers_as_bfloat16_does(wide):
-    """Without the rounding that layers.in_float8 asks for, rowwise's first gradient is infinite."""
+    """Without the rounding that layers.in_float8 asks for, rowwise's first gradient is infinite.
+
+    Weights drift apart where the loss falls by halves within a few steps, so that later losses are
+    held to each other by their mean."""
     runs = {float8: wide["save_dir"] / f"float8-{float8}"
             for float8 in ("off", "tensorwise", "rowwise")}
     on_ranks(min(GPUS, 2), [{"do": "train", "argv": options_of(
         experiment_name=run.name, float8=float8, compile=True, checkpoint_activations="on",
         log_freq=1, **wide)} for float8, run in runs.items()], wide["save_dir"])
     for float8, run in runs.items():
-        print(f"float8 {float8}:", losses(run))
-        assert losses(run) == pytest.approx(losses(runs["off"]), rel=0.03)
+        norms = [row["grad_norm"] for row in read_metrics(run)]
+        print(f"float8 {float8}: losses", losses(run), "gradient norms", norms)
+        assert all(map(math.isfinite, norms))
+        found, plain = losses(run), losses(runs["off"])
+        assert found[:5] == pytest.approx(plain[:5], rel=0.02)
+        assert statistics.mean(found[5:]) == pytest.approx(statistics.mean(plain[5:]), rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
