@@ -660,9 +660,10 @@ def parse_export_args(parser: ArgumentParser, argv: list[str]) -> Namespace:
 
 
 def export_model(
-    state: "TrainState", args: Namespace, folder: Path, processes: Processes
+    state: "TrainState", args: Namespace, folder: Path, heart: "Heart", processes: Processes
 ) -> None:
     """Write the weights of all ranks into `model` of the run's folder; a collective."""
+    heart.beat("exporting", state.step)
     slices = {name.removeprefix("model."): part for name, part in
               slices_and_buffers(state, processes).items() if name.startswith("model.")}
     places = [None] * processes.world_size

@@ -7,12 +7,15 @@ Shapes: B rows, T tokens in a row, C tokens in a chunk, V entries of the vocabul
 
 import functools
 import inspect
+import logging
 import re
+import time
 import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,13 @@ from transformers.utils import is_flash_attn_2_available
 
 from download import InputError
 from offload import used_on
+from ranks import Processes
+from rows import kinds_of_batches
+
+if TYPE_CHECKING:
+    from train_llm import Heart, TrainState
+
+log = logging.getLogger("train_llm")
 
 # --- 1. Attention -----------------------------------------------------------------------------
 # A row holds several documents that must not see each other. Kernels for fixed lengths need a mask
@@ -194,6 +204,33 @@ def recompute_or_compile(model: nn.Module, layer_classes: tuple, args: Namespace
                 setattr(parent, name, wrap(child))
 
 
+def compile_ahead(
+    state: "TrainState", args: Namespace, heart: "Heart", processes: Processes
+) -> None:
+    """With --compile: compile now, on all ranks at once, what rows will take; nothing is learned.
+
+    Rows of one document and of several are computed by different code, and so is validation. If a
+    rank compiled when it first met a kind, the others would wait for it, once for each rank. And in
+    a later micro step it could not: beside the gradient of its shard, the compiler refuses a whole
+    parameter (torch 2.11, 2.13).
+    """
+    if not args.compile:
+        return
+    heart.beat("compiling", state.step)
+    started = time.perf_counter()
+    # Past so many codes for one class the compiler leaves layers as they are. Its own limit is 8,
+    # and Llama 4 alone has four kinds of layers.
+    torch._dynamo.config.recompile_limit = 64
+    for batch in kinds_of_batches(args, processes):
+        state.model(*batch, 1.0).backward()
+        state.optimizer.zero_grad()
+        if args.val_fraction or args.val_dataset_name:
+            with torch.no_grad():
+                state.model.eval()(*batch, 1.0)
+            state.model.train()
+    log.info("compiled in %.0f s", time.perf_counter() - started)
+
+
 @dataclass(eq=False)
 class HostCopy:
     host: torch.Tensor
@@ -314,6 +351,8 @@ def build_forward(
             length = labels.shape[1]  # an upper bound of each document's, and always the same
             given |= dict(cu_seq_lens_q=documents, cu_seq_lens_k=documents, max_length_q=length,
                           max_length_k=length)
+            if compiled and documents.numel() > 2:  # one code for all numbers of several documents
+                torch._dynamo.maybe_mark_dynamic(documents, 0)
         decoder = getattr(model, decoder_name)
         output = decoder(input_ids=input_ids, use_cache=False, **given)
         weights = [getattr(module, name) for module, name in head]

@@ -233,7 +233,7 @@ class HostAdamW:
         # rotary frequencies, stay as they are, hence nn.Module's private method.
         model._apply(lambda tensor: tensor.to(dtype) if tensor.requires_grad else tensor)
         model.register_comm_hook(None, self.take_gradient)
-        model.register_forward_pre_hook(lambda *_: self.zero_grad())
+        model.register_forward_pre_hook(lambda *_: model.zero_grad())  # FSDP's stand-ins
         for slab, (fsdp, shard, places) in zip(slabs, checkpoints.own_units(model), strict=True):
             unit = Unit(shard, slab, [], [])
             for name, parameter, place, start in places:
@@ -300,7 +300,7 @@ class HostAdamW:
         scale = self.worker.submit(self.read_scale, outlook, self.max_norm, (seen, landed))
         for unit in self.units:
             job = (unit, scale, self.param_groups[0]["lr"], bool(unit.norms))
-            unit.ready, unit.norms = self.worker.submit(self.step_unit, *job), []
+            unit.ready = self.worker.submit(self.step_unit, *job)
         self.comparison = self.worker.submit(self.compare_sample)
 
     def read_scale(self, outlook: torch.Tensor, max_norm: float, events: tuple) -> float | None:
@@ -360,7 +360,8 @@ class HostAdamW:
             self.unchanged, self.comparison = self.comparison.result(), None
 
     def zero_grad(self) -> None:
-        self.model.zero_grad()  # FSDP's stand-ins; the sums begin anew after each step
+        for unit in self.units:
+            unit.norms = []  # so that the next sum begins anew
 
     # ---- what is saved and loaded ----
 

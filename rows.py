@@ -8,7 +8,7 @@ import functools
 import json
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
@@ -79,14 +79,8 @@ class Rows:
         labels = np.full_like(tokens, -100)
         labels[:, :-1] = np.where(marks[:, 1:] & download.TARGET, tokens[:, 1:], -100)
         labels[indices < 0] = -100
-        starts = np.where(marks & download.STARTS, np.arange(tokens.shape[1]), 0)
-        if not self.metas[0]["document_mask"]:
-            starts[:] = 0
-        positions = np.arange(tokens.shape[1]) - np.maximum.accumulate(starts, axis=1)
-        first = np.flatnonzero(positions == 0)
-        documents = np.full(1 << len(first).bit_length(), tokens.size, np.int32)
-        documents[: len(first)] = first
-        return tuple(to_device(a, processes.device) for a in (tokens, labels, positions, documents))
+        starts = (marks & download.STARTS).astype(bool) & self.metas[0]["document_mask"]
+        return batch_of(tokens, labels, starts, processes.device)
 
 
 def read_meta(folder: Path) -> dict:
@@ -102,6 +96,28 @@ def read_meta(folder: Path) -> dict:
         raise InputError(f"the prepared rows in {folder} are damaged ({error}); remove that folder,"
                          " and they are made again") from error
     return meta
+
+
+def batch_of(
+    tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor | None, ...]:
+    """What Rows.batch tells; `starts` (B, T): whether a document begins here, in the middle of a
+    row; at its beginning one always does."""
+    places = np.arange(tokens.shape[1])
+    positions = places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+    first = np.flatnonzero(positions == 0)
+    documents = np.full(1 << len(first).bit_length(), tokens.size, np.int32)
+    documents[: len(first)] = first
+    return tuple(to_device(array, device) for array in (tokens, labels, positions, documents))
+
+
+def kinds_of_batches(args: Namespace, processes: Processes) -> Iterator[tuple]:
+    """Batches without targets, of token 0: each row one document; and, if rows of several are to
+    keep them apart, each row two."""
+    tokens = np.zeros((args.batch_size, args.seq_length), np.int64)
+    for begins in (0, args.seq_length // 2) if args.document_mask else (0,):
+        starts = np.broadcast_to(np.arange(args.seq_length) == begins, tokens.shape)
+        yield batch_of(tokens, np.full_like(tokens, -100), starts, processes.device)
 
 
 class Joined:

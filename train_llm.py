@@ -297,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     heart = Heart(folder, steps, processes)
     state = begin_or_resume(model, folder, args, processes)
     saver = checkpoints.Saver(folder, args, processes, state)
+    layers.compile_ahead(state, args, heart, processes)
     meter = Meter(args, state, rows, val_rows, heart, folder, processes)
     stop.heed_signals()
     while state.step < steps and not stop.agreed():
@@ -332,8 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     saver.save(state, heart, last=True)
     state.optimizer.join()
     if state.step == steps and args.export_dtype != "none":
-        heart.beat("exporting", state.step)
-        checkpoints.export_model(state, args, folder, processes)
+        checkpoints.export_model(state, args, folder, heart, processes)
     saver.require(state.step)
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)

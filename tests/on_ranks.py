@@ -11,7 +11,9 @@ anonymous memory this process had at most. In "train" with "apart", each rank is
 and "HOST" in its words is its number; with "refused": PATH, its InputError is written to PATH.RANK.
 With "bfloat16" it computes as on a GPU, "unjoined" (as it is) or "joined" (as FSDP does by itself);
 with "copies", units and gradients go by "nccl" (or gloo) even where GPUs reach each other, or, on
-CPU processes, through "memory", as GPUs do that reach each other, in small pieces.
+CPU processes, through "memory", as GPUs do that reach each other, in small pieces. With "compiled",
+"sdpa" or "varlen", that attention is computed, --compile leaves out its last stage, which costs
+seconds, and to compile what was not compiled ahead is an error.
 {"do": "add_up", "out": PATH}: sum gradients as if on one node, on several and on uneven ones, and
 write how far each is from the true sum to PATH.RANK.
 {"do": "copy", "run": FOLDER, "to": FOLDER, "without": [GLOB, ...]}: copy a run, in part.
@@ -40,13 +42,14 @@ from torch.distributed.fsdp import MixedPrecision
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import layers
 import train_llm
 import units
 
 
 def train(
     argv: list[str], apart: bool = False, refused: str = "", block_bytes: int = 4096,
-    no_sync: bool = False, bfloat16: str = "", copies: str = "",
+    no_sync: bool = False, bfloat16: str = "", copies: str = "", compiled: str = "",
 ) -> None:
     print("job", *argv[:2], file=sys.stderr, flush=True)
     train_llm.checkpoints.BLOCK_BYTES = block_bytes  # so few that tiny tensors have several blocks
@@ -56,7 +59,7 @@ def train(
         argv = [word.replace("HOST", rank) for word in argv]
     try:
         with (forbid_syncs() if no_sync else contextlib.nullcontext(),
-              changed(bfloat16, copies)):
+              changed(bfloat16, copies, compiled)):
             train_llm.main(argv)
     except train_llm.InputError as error:
         if not refused:
@@ -137,8 +140,34 @@ class FileMemory(units.NodeMemory):
         dist.barrier(self.group)
 
 
+def varlen_attn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *_,
+    scale: float | None, window_size: tuple[int, int], **shared_heads,
+) -> torch.Tensor:
+    """Stands in for PyTorch's, which is for GPUs; all are (tokens, heads, D)."""
+    document = torch.bucketize(torch.arange(len(query)), starts, right=True)
+    mask = (document[:, None] == document).tril()
+    rows = (states.transpose(0, 1)[None] for states in (query, key, value))
+    found = torch.nn.functional.scaled_dot_product_attention(
+        *rows, attn_mask=mask, scale=scale, enable_gqa=True)
+    return found[0].transpose(0, 1)
+
+
+def compile_quickly(work, *, dynamic: bool | None = None, options: dict | None = None):
+    return COMPILE(work, dynamic=dynamic, backend="aot_eager")
+
+
+def compile_only_ahead(*given) -> None:
+    torch.compiler.reset()  # what jobs before have compiled
+    COMPILE_AHEAD(*given)
+    torch.compiler.set_stance("fail_on_recompile")
+
+
+COMPILE, COMPILE_AHEAD = torch.compile, layers.compile_ahead
+
+
 @contextlib.contextmanager
-def changed(bfloat16: str, copies: str):
+def changed(bfloat16: str, copies: str, compiled: str):
     """What jobs of these words change in the program; without any, nothing."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     changes = []
@@ -152,7 +181,12 @@ def changed(bfloat16: str, copies: str):
         changes.append((units, "reach_each_other", lambda processes: copies == "memory"))
     if copies == "memory":
         changes += [(units, "NodeMemory", FileMemory), (units, "PIECE", 3000)]
+    if compiled:
+        changes += [(torch, "compile", compile_quickly), (layers, "varlen_attn", varlen_attn),
+                    (layers, "compile_ahead", compile_only_ahead),
+                    (layers, "fastest_attention", lambda *_, **__: compiled)]
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.compiler.set_stance, "default")
         for change in changes:
             stack.enter_context(patch.object(*change))
         yield

@@ -78,12 +78,19 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "unjoined-tied-memory": (2, "gemma", dict(batch_size=3, max_steps=4)),
         "unjoined-on-the-host-memory": (2, "llama", dict(batch_size=3, max_steps=4,
                                                          cpu_offload="optimizer")),
+        "compiled-sdpa": (2, "llama", dict(batch_size=1, compile=None)),
+        "compiled-varlen": (2, "llama", dict(
+            batch_size=1, compile=None, val_dataset_name=corpus, val_freq=5)),
+        "compiled-alone-varlen": (1, "llama", dict(batch_size=1, compile=None)),
+        "compiled-on-the-host-varlen": (2, "llama", dict(
+            batch_size=1, compile=None, cpu_offload="optimizer")),
         "random-1": (1, "llama", dict(random_init=True, max_steps=1)),
         "random-3": (3, "llama", dict(random_init=True, max_steps=1)),
     }
     on_ranks(3, [
         {"do": "train", "ranks": ranks, "bfloat16": BFLOAT16.search(name)[0],
-         "copies": "memory" if name.endswith("memory") else "", "argv": options_of(
+         "copies": "memory" if name.endswith("memory") else "",
+         "compiled": name.rpartition("-")[2] if "compile" in extra else "", "argv": options_of(
             experiment_name=name, save_dir=folder, rows_dir=rows_dir, model_name=models[model],
             dataset_name=corpus, **(RECIPE | extra))}
         for name, (ranks, model, extra) in plan.items()
@@ -114,7 +121,8 @@ def expected(runs, corpus, rows_dir):
 
 
 LLAMA = ["one", "one-accumulated", "two", "two-accumulated", "three", "recomputed", "selective",
-         "offloaded", "embedding-in-root"]
+         "offloaded", "embedding-in-root", "compiled-sdpa", "compiled-varlen",
+         "compiled-alone-varlen", "compiled-on-the-host-varlen"]
 
 
 @pytest.mark.parametrize("name", [*LLAMA, "qwen3", "gemma", "gemma2", "mistral"])
