@@ -351,8 +351,6 @@ def build_forward(
             length = labels.shape[1]  # an upper bound of each document's, and always the same
             given |= dict(cu_seq_lens_q=documents, cu_seq_lens_k=documents, max_length_q=length,
                           max_length_k=length)
-            if compiled and documents.numel() > 2:  # one code for all numbers of several documents
-                torch._dynamo.maybe_mark_dynamic(documents, 0)
         decoder = getattr(model, decoder_name)
         output = decoder(input_ids=input_ids, use_cache=False, **given)
         weights = [getattr(module, name) for module, name in head]
