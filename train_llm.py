@@ -223,12 +223,6 @@ def check_options(args: argparse.Namespace) -> None:
         if not args.compile:
             raise OptionError(f"--float8 {args.float8} is slower than bfloat16 unless its casts are"
                               " fused: add --compile")
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if args.compile and on_gpu and alone and args.global_batch_size > args.batch_size:
-        # torch 2.11: of weights that are not sharded, the compiler copies a gradient in float32 to
-        # a bfloat16 view, and stops, when it must compile anew while gradients are kept.
-        raise OptionError("--compile on one GPU cannot accumulate gradients; let --batch-size be"
-                          " --global-batch-size, use more GPUs, or leave --compile out")
     if args.cpu_offload == "optimizer" and args.forward_prefetch:
         raise OptionError("--forward-prefetch would gather layers that --cpu-offload optimizer has"
                           " not stepped yet; leave one of them out")
