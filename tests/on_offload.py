@@ -104,6 +104,7 @@ def compare(argv: list[str], out: str, dtype: str) -> None:
             model(*batch, None, None, 1.0).backward()
         norm = optimizer.clip_grad_norm_(1.0).item()
         optimizer.step()
+        optimizer.zero_grad()
         plain_step(plain, batches, masters, slices, adamw, norm=norm, clip=1.0)
         optimizer.join()
         with FSDP.summon_full_params(model, writeback=False):
@@ -132,6 +133,7 @@ def hold_and_load(optimizer, model, slices, batches) -> dict:
         model(*batches[0], None, None, 1.0).backward()
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
+        optimizer.zero_grad()
         optimizer.join()
         moved.append(any(not torch.equal(slices[n].tensor, taken[n].tensor) for n in slices))
     optimizer.load_state_dict(taken, 3)

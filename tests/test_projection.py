@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "tests/gpu"))
 import projection
 import what_fits
 
+TIMES = ("step", "data", "forward", "backward", "update")
+
 
 def slices(*, forward: float, backward: float, gather: float = 0.01) -> dict:
     """Tables as scaling.py writes them: beside state, 50 GB of memory, and 20 that are shared."""
@@ -123,20 +125,29 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
     for line in printed_by("what_fits.py", measured / "scaling-4096.json", "--one-rank",
                            measured / "one_rank.json")[2:]:
         see(line)
+    def tables_of(name: str) -> dict[str, dict]:
+        return json.loads((measured / f"{name}.json").read_text())["tables"]
+
+    def times(row: dict, *parts: str) -> str:
+        return " | ".join(f"{1e3 * row[f'{part}_seconds']:,.{1 if part == 'data' else 0}f}"
+                          for part in parts)
+
+    def rates(row: dict) -> str:
+        return f"{row['tokens_per_second_per_gpu']:,.0f} | {row['mfu']:.3f}"
+
+    for name, parts in (("8b", TIMES), ("options", (TIMES[0], *TIMES[2:]))):
+        for case, row in next(iter(tables_of(name).values())).items():
+            see(f"| {case} | {times(row, *parts)} |"
+                f" {rates(row)} | {row['peak_memory_gib']:.1f} | {row['peak_reserved_gib']:.1f} |")
     for length in (4096, 8192):
-        tables = json.loads((measured / f"scaling-{length}.json").read_text())["tables"]
+        tables = tables_of(f"scaling-{length}")
         about = f"{length:,} tokens, 2 GPUs"
         for layers in (2, 3):
             for kind, row in tables[f"405B-wide, {layers} layers, {about}"].items():
                 name = f"{kind.removesuffix(' compiled')}, {layers}, {length:,}"
-                seconds = [row[f"{part}_seconds"] for part in (
-                    "step", "data", "forward", "backward", "update")]
-                times = " | ".join(f"{1e3 * s:,.{1 if part == 1 else 0}f}"
-                                   for part, s in enumerate(seconds))
                 if kind.endswith(projection.BY_NCCL):
                     name = "the same, by NCCL"
-                see(f"| {name} | {times} | {row['tokens_per_second_per_gpu']:,.0f} |"
-                    f" {row['mfu']:.3f} |")
+                see(f"| {name} | {times(row, *TIMES)} | {rates(row)} |")
         for row in tables[f"one 405B layer, {about}"].values():
             forward, backward = (1e3 * row[part] for part in ("forward", "backward"))
             see(f" | {forward + backward:.0f} ({forward:.0f} and {backward:.0f}) |")
