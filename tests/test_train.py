@@ -142,7 +142,7 @@ def test_losses_norms_and_weights_are_those_of_plain_pytorch(name, runs, expecte
         # Adam turns a gradient of pure rounding into a whole update, in a weight here and there:
         # so the difference is held against all that the parameter moved.
         moved, apart = (wanted - start[key]).norm(), (found[key] - wanted).norm()
-        assert apart < 2e-4 * moved, key
+        assert apart < 3e-4 * moved, key
 
 
 def test_steps_have_rows_with_different_numbers_of_targets(tiny, corpus, rows_dir, runs):
