@@ -181,6 +181,13 @@ def recompute_or_compile(model: nn.Module, layer_classes: tuple, args: Namespace
     # torch 2.11). Norms of up to 8,192 are faster in one. Remove when pytorch#185814 closes.
     wide = getattr(model.config.get_text_config(), "hidden_size", 0) > 8192
     compiler = {"triton.mix_order_reduction": False} if wide else {}
+    if args.compile:
+        # By itself the compiler makes code for any size of what it has seen in two sizes. That fits
+        # layers of other sizes, too: one would be recomputed by other code than it was computed by.
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        # Past so many codes for a class of layers it leaves them as they are. Its own limit is 8;
+        # Llama 4 has four kinds of layers, each computed in up to four ways (see compile_ahead).
+        torch._dynamo.config.recompile_limit = 64
     if how == "offload":
         copies = HostCopies("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -218,9 +225,6 @@ def compile_ahead(
         return
     heart.beat("compiling", state.step)
     started = time.perf_counter()
-    # Past so many codes for one class the compiler leaves layers as they are. Its own limit is 8,
-    # and Llama 4 alone has four kinds of layers.
-    torch._dynamo.config.recompile_limit = 64
     for batch in kinds_of_batches(args, processes):
         state.model(*batch, 1.0).backward()
         state.optimizer.zero_grad()
@@ -351,6 +355,8 @@ def build_forward(
             length = labels.shape[1]  # an upper bound of each document's, and always the same
             given |= dict(cu_seq_lens_q=documents, cu_seq_lens_k=documents, max_length_q=length,
                           max_length_k=length)
+            if compiled and documents.numel() > 2:  # one code for any number of several documents
+                torch._dynamo.maybe_mark_dynamic(documents, 0)
         decoder = getattr(model, decoder_name)
         output = decoder(input_ids=input_ids, use_cache=False, **given)
         weights = [getattr(module, name) for module, name in head]

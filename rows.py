@@ -113,7 +113,7 @@ def batch_of(
 
 def kinds_of_batches(args: Namespace, processes: Processes) -> Iterator[tuple]:
     """Batches without targets, of token 0: each row one document; and, if documents are kept apart,
-    each row two. Having seen both, the compiler takes the number of documents for a variable."""
+    each row two."""
     tokens = np.zeros((args.batch_size, args.seq_length), np.int64)
     for begins in (0, args.seq_length // 2) if args.document_mask else (0,):
         starts = np.broadcast_to(np.arange(args.seq_length) == begins, tokens.shape)
