@@ -933,10 +933,14 @@ class Heart:
 def make_run_folder(args: argparse.Namespace, rows: Rows, processes: Processes) -> Path:
     """SAVE_DIR/EXPERIMENT, on rank 0 with args.json and versions.json in it.
 
-    Raises InputError if a run to resume was begun with other rows under the same options.
+    Raises InputError if a run to resume was begun with other rows under the same options, or the
+    folder cannot be made after all (as by root on another host's disk).
     """
     folder = args.save_dir / args.experiment_name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error}; choose another --save-dir") from None
     if processes.rank == 0:
         digest, old = rows.digest, folder / "args.json"
         resumes = checkpoints.whole_checkpoints(folder) and not args.allow_changes

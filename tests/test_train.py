@@ -551,6 +551,13 @@ def test_a_bad_option_gets_one_message(case):
     assert all(word in str(refused.value) for word in words), refused.value
 
 
+def test_a_run_folder_that_only_seems_writable_is_one_error(tiny, corpus, rows_dir):
+    """As root may write everywhere, and still the kernel says no."""
+    with pytest.raises(train_llm.InputError, match="cannot write to /proc/none/x.*--save-dir"):
+        main_in_process(experiment_name="x", save_dir="/proc/none", rows_dir=rows_dir,
+                        model_name=tiny, dataset_name=corpus, **RECIPE)
+
+
 def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(train_llm.OptionError, match="cannot write to .*file.*--save-dir"):
