@@ -218,8 +218,8 @@ def compile_ahead(
 
     Rows of one document and of several are computed by different code, and so is validation. If a
     rank compiled when it first met a kind, the others would wait for it, once for each rank. And in
-    a later micro step it could not: of a parameter whose gradient is of other dtype, or that of its
-    shard, the compiler makes nothing (torch 2.11, 2.13).
+    a later micro step it could not: the compiler refuses a parameter beside a gradient of other
+    size or dtype, which that of its shard has (torch 2.11, 2.13).
     """
     if not args.compile:
         return
