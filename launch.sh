@@ -1345,21 +1345,20 @@ host_saves() {
 }
 
 host_ask_to_end() {
-    local deadline=$((SECONDS + grace)) told=$SECONDS at a_day=$((SECONDS + 86400))
+    local deadline=$((SECONDS + grace)) told=$SECONDS a_day=$((SECONDS + 86400))
     mkdir -p "$(dirname "$request")"
     touch "$request"
     [[ $host != "$speaker" ]] || host_say say "$name: asked to save and end at its next step;" \
         "waiting up to $grace s (stop --now does not ask)"
     while [[ ! -e $run_dir/exit_code ]] && ((${#pids[@]} && SECONDS < deadline)); do
         sleep 0.5
-        at=$(host_step)
         if host_saves && ((SECONDS < a_day)); then
             deadline=$((SECONDS + grace)) # it ends when that has ended
             host_say saves 1
         fi
         if [[ $host == "$speaker" ]] && ((SECONDS >= told + 10)); then
             told=$SECONDS
-            host_say say "$name: $at, waiting up to $((deadline - SECONDS)) s more"
+            host_say say "$name: $(host_step), waiting up to $((deadline - SECONDS)) s more"
         fi
         host_find_processes
     done

@@ -221,7 +221,7 @@ def compile_ahead(
     a later micro step it could not: the compiler refuses a parameter beside a gradient of other
     size or dtype, which that of its shard has (torch 2.11, 2.13).
     """
-    if not args.compile:
+    if not args.compile or state.step == heart.fixed["steps"]:
         return
     heart.beat("compiling", state.step)
     started = time.perf_counter()

@@ -122,9 +122,6 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
                               capture_output=True, check=True)
         return [line for line in done.stdout.splitlines() if line.startswith("|")]
 
-    for line in printed_by("what_fits.py", measured / "scaling-4096.json", "--one-rank",
-                           measured / "one_rank.json")[2:]:
-        see(line)
     def tables_of(name: str) -> dict[str, dict]:
         return json.loads((measured / f"{name}.json").read_text())["tables"]
 
@@ -135,6 +132,9 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
     def rates(row: dict) -> str:
         return f"{row['tokens_per_second_per_gpu']:,.0f} | {row['mfu']:.3f}"
 
+    for line in printed_by("what_fits.py", measured / "scaling-4096.json", "--one-rank",
+                           measured / "one_rank.json")[2:]:
+        see(line)
     for name, parts in (("8b", TIMES), ("options", (TIMES[0], *TIMES[2:]))):
         for case, row in next(iter(tables_of(name).values())).items():
             see(f"| {case} | {times(row, *parts)} |"

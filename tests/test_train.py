@@ -142,10 +142,10 @@ def test_losses_norms_and_weights_are_those_of_plain_pytorch(name, runs, expecte
     found = dict(exported.named_parameters())
     for key, wanted in model.named_parameters():
         # Adam turns a gradient of pure rounding into a whole update, in a weight here and there:
-        # so the difference is held against all that the parameter moved. It was 2e-4 of it at most
-        # with torch 2.13, 9e-4 with 2.11.
+        # so the difference is held against all that the parameter moved. (Gemma 2's with torch 2.11
+        # was 9e-4 of that.)
         moved, apart = (wanted - start[key]).norm(), (found[key] - wanted).norm()
-        assert apart < 1e-3 * moved, key
+        assert apart < (1e-3 if name == "gemma2" else 2e-4) * moved, key
 
 
 def test_steps_have_rows_with_different_numbers_of_targets(tiny, corpus, rows_dir, runs):
