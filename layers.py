@@ -232,6 +232,7 @@ def compile_ahead(
             with torch.no_grad():
                 state.model.eval()(*batch, 1.0)
             state.model.train()
+    torch.cuda.empty_cache()  # pieces of other sizes than a step's
     log.info("compiled in %.0f s", time.perf_counter() - started)
 
 

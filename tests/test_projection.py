@@ -132,13 +132,16 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
     def rates(row: dict) -> str:
         return f"{row['tokens_per_second_per_gpu']:,.0f} | {row['mfu']:.3f}"
 
+    def memory(row: dict) -> str:
+        return f"{row['peak_memory_gib']:.1f} | {row['peak_reserved_gib']:.1f}"
+
     for line in printed_by("what_fits.py", measured / "scaling-4096.json", "--one-rank",
                            measured / "one_rank.json")[2:]:
         see(line)
     for name, parts in (("8b", TIMES), ("options", (TIMES[0], *TIMES[2:]))):
         for case, row in next(iter(tables_of(name).values())).items():
             see(f"| {case} | {times(row, *parts)} |"
-                f" {rates(row)} | {row['peak_memory_gib']:.1f} | {row['peak_reserved_gib']:.1f} |")
+                f" {rates(row)} | {memory(row)} |")
     for length in (4096, 8192):
         tables = tables_of(f"scaling-{length}")
         about = f"{length:,} tokens, 2 GPUs"
@@ -147,7 +150,7 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
                 name = f"{kind.removesuffix(' compiled')}, {layers}, {length:,}"
                 if kind.endswith(projection.BY_NCCL):
                     name = "the same, by NCCL"
-                see(f"| {name} | {times(row, *TIMES)} | {rates(row)} |")
+                see(f"| {name} | {times(row, *TIMES)} | {rates(row)} | {memory(row)} |")
         for row in tables[f"one 405B layer, {about}"].values():
             forward, backward = (1e3 * row[part] for part in ("forward", "backward"))
             see(f" | {forward + backward:.0f} ({forward:.0f} and {backward:.0f}) |")
@@ -156,4 +159,15 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
             see(f"| {row['compute'].removesuffix(' compiled')}, {length:,} | " + " | ".join(
                 f"{row[part]:.1f}" for part in ("forward", "backward", "update", "step"))
                 + f" | {row['tokens/s/GPU']:.0f} | {row['MFU']:.2f} |")
+    runs = json.loads((measured / "compare_guide.json").read_text())
+    for name in ("the guide's script", "this one"):
+        first, second = (run for other, run in runs if other == name)
+        see(f"| {name} | " + " and ".join(
+            f"{run['tokens_per_second_per_gpu']:,.0f}" for run in (first, second)) + " | "
+            + ", ".join(f"{run['step_seconds'] * 1e3:.0f}" for run in (first, second))
+            + f" | {first['peak_memory_gib']:.1f} | {first['unchanged']:.1%} |".replace("%", " %"))
+    one = json.loads((measured / "one_rank.json").read_text())
+    see(f"held {one['device_used_gib']:.1f} GiB of its {one['device_gib']:.1f} with everything,"
+        f" {one['peak_reserved_gib']:.1f} reserved")
+    see(f"the median, {one['step_seconds']:.1f}, is")
     assert not missing

@@ -135,6 +135,7 @@ def main() -> None:
                   "host_peak_gib": status_gib("VmHWM"), "device": device,
                   "torch": torch.__version__, "ranks": args.ranks, "layers": args.layers,
                   "tokens": args.tokens, "options": args.options,
+                  "seconds of each step": [row["step_seconds"] for row in rows],
                   "losses": [row["loss"] for row in rows]}
     print(json.dumps(found, indent=2))
 
