@@ -115,8 +115,13 @@ def add_row_options(group: argparse._ArgumentGroup) -> None:
         help="documents in one row do not attend to each other")
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="download.py", allow_abbrev=False, description="Prepare what train_llm.py reads.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("model: fetched, unless it is a folder").add_argument
@@ -124,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder or hub name of the model: its weights, config and tokenizer")
     add("--revision", metavar="R", help="branch, tag or commit of a hub model; None: main")
     add("--skip-model", action="store_true", help="no weights: its config and tokenizer only")
-    add("--shard", metavar="I/N", type=read_shard, default=(1, 1),
+    add("--shard", metavar="I/N", type=read_shard, default="1/1",
         help="every N-th file of weights from the I-th on, so that N nodes fetch one copy together")
     add("--verify", action="store_true",
         help="compare the checksums of files that are here, not only their sizes, and fetch anew"
@@ -139,11 +144,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seq-length", metavar="T", type=int, help="tokens in a row")
     add("--rows-dir", metavar="DIR", type=Path, help="folder of all rows; None: $HF_HOME/rows")
     add_row_options(rows)
+    add("--among-others", action="store_true", help=argparse.SUPPRESS)  # see prepare_rows
     add = parser.add_argument_group("demo: something to train on, without a network").add_argument
     add("--demo", action="store_true", help="make a small model and a corpus of Python sources")
     args = parser.parse_args(argv)
 
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    given = {name for name, value in vars(args).items()
+             if value not in (parser.get_default(name), read_shard("1/1"))}
     if args.demo and given - {"demo", "to"}:
         parser.error("--demo takes no option but --to; rows of the demo are another command")
     if args.demo:
@@ -190,9 +197,15 @@ def main(argv: list[str] | None = None) -> int:
         if elsewhere or model["verify"] or not (model["skip_model"] and names):
             found = prepare_model(model_name=args["model_name"], **model)
             args["model_name"] = str(found) if elsewhere else args["model_name"]
-        for name, _ in read_mixture(names or []):
+        mixture, kinds, apart = read_mixture(names or []), set(), not args["among_others"]
+        args["among_others"] |= len(mixture) > 1
+        for name, _ in mixture:
             for held_out in [False, True] if args["val_fraction"] else [False]:
-                print(report(prepare_rows(dataset_name=name, held_out=held_out, **args)))
+                folder = prepare_rows(dataset_name=name, held_out=held_out, **args)
+                kinds.add(json.loads((folder / "meta.json").read_text())["kind"])
+                print(report(folder))
+        if apart and kinds:
+            refuse_without_effect(argparse.Namespace(**args), kinds, of=" and ".join(names))
     except (InputError, OSError) as error:
         print(f"download.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -243,11 +256,12 @@ class RowInputs:
     rows_dir: Path | str | None = None
 
 
-def prepare_rows(**inputs) -> Path:
+def prepare_rows(*, among_others: bool = False, **inputs) -> Path:
     """Make the rows of RowInputs(**inputs), unless they are there, and return their folder.
 
     Any number of processes may call this at once: one makes the rows, the others wait for it.
-    Raises InputError."""
+    Raises InputError; also for an option without effect, but `among_others`, other data sets of the
+    same run, may heed it."""
     asked, folder = RowInputs(**inputs), rows_folder(**inputs)
 
     def fill(temporary: Path) -> None:
@@ -256,6 +270,8 @@ def prepare_rows(**inputs) -> Path:
         data = read_data(asked.dataset_name, asked.dataset_subset, asked.dataset_split, bad)
         with closing(data):  # its bar ends its line before an error is told
             kind, documents = find_documents(data, asked, bad)
+            if not among_others:
+                refuse_without_effect(asked, {kind}, of=asked.dataset_name)
             model = find_model(asked.model_name)
             encoder = build_encoder(model, kind, asked)
             batches = encode_documents(documents, encoder, model, bad)
@@ -277,7 +293,7 @@ def prepare_rows(**inputs) -> Path:
     return folder
 
 
-def prepare_apart(**inputs) -> None:
+def prepare_apart(*, among_others: bool = False, **inputs) -> None:
     """prepare_rows in a process of its own, with the command that makes the same rows ahead of
     time; so what it allocates is given back. Raises InputError after what that process said."""
     words = [sys.executable, str(Path(__file__).resolve()), "--skip-model"]
@@ -286,6 +302,7 @@ def prepare_apart(**inputs) -> None:
         if name != "held_out" and value is not None:  # the command makes both parts
             flag = option if value else option.replace("--", "--no-", 1)
             words += [flag] if isinstance(value, bool) else [option, str(value)]
+    words += ["--among-others"] if among_others else []
     if rows_folder(**inputs).exists():
         return
     status = subprocess.run(
@@ -502,14 +519,15 @@ def make_folder(folder: Path, last: str, fill: Callable[[Path], None]) -> bool:
     if (folder / last).exists():
         return False
     try:
+        taken = folder.exists() and (folder.is_file() or any(folder.iterdir()))
+        if taken and not (folder / last).exists():  # looked for after that: it may be made just now
+            raise InputError(f"{folder} is there but has no {last}, so it is not what this"
+                             " program makes; remove it or name another place")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.parent / f".{folder.name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if (folder / last).exists():  # another process made it while this one waited
                 return False
-            if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-                raise InputError(f"{folder} is there but has no {last}, so it is not what this"
-                                 " program makes; remove it or name another place")
             temporary = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
             for path in folder.parent.iterdir():
                 if path.name.startswith(f".{folder.name}.tmp-"):
@@ -748,6 +766,7 @@ KINDS = {  # kind: (its --data-format, the fields it needs, those it may have)
     "messages": ("chat", ["messages"], ["tools"]),
     "sharegpt": ("chat", ["conversations"], ["system", "tools"]),
 }
+TEMPLATED = {kind for kind, (data_format, _, _) in KINDS.items() if data_format == "chat"}
 FIELDS = {field for _, needed, others in KINDS.values() for field in needed + others}
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool",
          **{role: role for role in ("system", "developer", "user", "assistant", "tool", "ipython")}}
@@ -769,14 +788,20 @@ def find_documents(rows: Iterator[Row], asked: RowInputs, bad: BadRows
             f" {'that is' if asked.held_out else 'that is not'} held out by --val-fraction"
             f" {asked.val_fraction}, which takes whole documents; change it, or give"
             " --val-dataset-name" if found else "; put some into it"))
-    kind = found["kind"]
-    useless = {"--train-on all": asked.train_on != "assistant" and kind == "text",
-               "--overlong drop": asked.overlong != "truncate" and kind == "text",
-               "--chat-template": asked.chat_template and kind in ("text", "prompt")}
+    return found["kind"], chain([first], documents)
+
+
+def refuse_without_effect(
+    asked: "RowInputs | argparse.Namespace", kinds: set[str], *, of: str
+) -> None:
+    """Raises InputError for an option that no data of these kinds heeds; `of`: their names."""
+    useless = {"--train-on all": asked.train_on != "assistant" and kinds <= {"text"},
+               "--overlong drop": asked.overlong != "truncate" and kinds <= {"text"},
+               "--chat-template": asked.chat_template and kinds.isdisjoint(TEMPLATED)}
     for option in (option for option, given in useless.items() if given):
-        raise InputError(f"{option} has no effect on {asked.dataset_name}, whose rows are"
-                         f" {' and '.join(KINDS[kind][1])}; leave it out")
-    return kind, chain([first], documents)
+        needed = dict.fromkeys(field for kind in sorted(kinds) for field in KINDS[kind][1])
+        raise InputError(f"{option} has no effect on {of}, whose rows are"
+                         f" {' and '.join(needed)}; leave it out")
 
 
 def is_held_out(dumped: str, fraction: float) -> bool:

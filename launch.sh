@@ -977,6 +977,7 @@ keeper=\$!"
 #!/usr/bin/env bash
 # Written by launch.sh start and overwritten by the next one.
 trap : HUP INT TERM # outlive torchrun, to write down how it ended
+trap 'rm -f "\${TMUX%%,*}"' EXIT # its socket, which tmux leaves behind
 cd $(printf %q "$PWD") || exit
 [[ ! -e $run_dir/given_up || \$(< $run_dir/given_up) != $run_id ]] || exit$keep
 {

@@ -32,7 +32,7 @@ from transformers.utils import is_flash_attn_2_available
 from download import InputError
 from offload import used_on
 from ranks import Processes
-from rows import kinds_of_batches
+from rows import kinds_of_batches, validates
 
 if TYPE_CHECKING:
     from train_llm import Heart, TrainState
@@ -228,7 +228,7 @@ def compile_ahead(
     for batch in kinds_of_batches(args, processes):
         state.model(*batch, 1.0).backward()
         state.optimizer.zero_grad()
-        if args.val_fraction or args.val_dataset_name:
+        if validates(args):
             with torch.no_grad():
                 state.model.eval()(*batch, 1.0)
             state.model.train()
@@ -453,10 +453,12 @@ def flops_per_token(config, matmul_parameters: int, seq_length: int) -> float | 
     """
     experts = ("num_experts", "num_local_experts", "moe_num_experts")
     width = head_width(config)
-    heads = getattr(config, "num_attention_heads", None)
-    if not (width and heads) or any(getattr(config, name, None) for name in experts):
+    if not width or any(getattr(config, name, None) for name in experts):
         return None
-    attention = config.num_hidden_layers * heads * width
+    try:
+        attention = config.num_hidden_layers * config.num_attention_heads * width
+    except (AttributeError, RuntimeError):  # see head_width
+        return None
     return 6 * matmul_parameters + 6 * attention * seq_length
 
 

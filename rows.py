@@ -143,6 +143,11 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def validates(args: Namespace) -> bool:
+    """Whether rows to validate on were asked for."""
+    return bool(args.val_dataset_name or args.val_fraction)
+
+
 def row_inputs(args: Namespace, *, held_out: bool) -> list[dict]:
     """All that shapes the rows of each data set, in the words of download.py."""
     inputs = {field.name: getattr(args, field.name) for field in fields(download.RowInputs)
@@ -157,6 +162,20 @@ def row_inputs(args: Namespace, *, held_out: bool) -> list[dict]:
         subset = None if local else args.dataset_subset
         found.append(inputs | dict(dataset_name=name, dataset_subset=subset, dataset_split=split))
     return found
+
+
+def make_rows(args: Namespace, *, held_out: bool) -> None:
+    """Prepare those that are missing. Raises InputError."""
+    others = len(args.dataset_name) > 1 or bool(args.val_dataset_name)
+    for inputs in row_inputs(args, held_out=held_out):
+        download.prepare_apart(among_others=others, **inputs)
+
+
+def refuse_without_effect(args: Namespace, *parts: Rows | None) -> None:
+    """Raises InputError for an option of rows that none of these heed."""
+    kinds = {meta["kind"] for rows in parts if rows for meta in rows.metas}
+    names = args.dataset_name + (args.val_dataset_name or [])
+    download.refuse_without_effect(args, kinds, of=" and ".join(names))
 
 
 def find_rows(args: Namespace, *, held_out: bool = False) -> Rows | None:

@@ -50,9 +50,14 @@ import tty
 # What is wrong is said before any host is contacted, once, with exit status 2.
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def parse_args(argv=None):
     """Options, with `names` (the hosts, in the order of their file) added."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -121,15 +126,15 @@ def read_hosts(path):
 def main(argv=None):
     args = parse_args(argv)
     gc.set_threshold(100_000)  # samples hold no cycles; looking for them cost a tenth of the time
+    publish = open_prometheus(args.prometheus)
     cluster = Cluster(args)
     selector = selectors.DefaultSelector()
     source = (Demo if args.demo else Streams)(args, cluster, selector)
-    publish = open_prometheus(args.prometheus)
     on_terminal = sys.stdout.isatty() and not (args.once or args.json)
     screen = Screen(args, cluster, selector) if on_terminal else Blocks(args, cluster)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
-    started, next_refresh = time.monotonic(), 0.0
+    started, next_refresh, unpublished = time.monotonic(), 0.0, ""
     try:
         while not screen.done:
             now = time.monotonic()
@@ -138,7 +143,7 @@ def main(argv=None):
                 cluster.refresh(now)
                 screen.refresh(now)
                 if publish:
-                    publish(prometheus_text(cluster, now))
+                    unpublished = publish(prometheus_text(cluster, now)) or unpublished
                 next_refresh = max(now + args.interval / 2, next_refresh + args.interval)
             wait = max(0.0, next_refresh - time.monotonic())
             for key, _ in selector.select(min(wait, source.patience) if next_refresh else 0.05):
@@ -150,6 +155,8 @@ def main(argv=None):
     finally:
         source.close()
         screen.close()
+        if unpublished:  # to watch matters more than to tell Prometheus, which sees that it is late
+            print(f"top-cluster.py: --prometheus {args.prometheus}: {unpublished}", file=sys.stderr)
     return 0
 
 
@@ -1885,16 +1892,36 @@ def prometheus_text(cluster, now):
                    for name, lines in series.items())
 
 
+def refuse_prometheus(target, why):
+    print(f"top-cluster.py: error: --prometheus {target}: {why}; name another file or port",
+          file=sys.stderr)
+    sys.exit(2)
+
+
 def open_prometheus(target):
-    """A function that publishes a text: to a file, whole at every moment, or over HTTP; or None."""
+    """A function that publishes a text: to a file, whole at every moment, or over HTTP; or None.
+
+    It returns why it could not. Exits with status 2 if that is so from the start.
+    """
     if not target:
         return None
     address, _, port = target.rpartition(":")
     if not port.isdigit() or "/" in target:
         def write(text):
-            with open(target + ".part", "w") as file:
-                file.write(text)
-            os.replace(target + ".part", target)
+            try:
+                with open(target + ".part", "w") as file:
+                    file.write(text)
+                os.replace(target + ".part", target)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(target + ".part")
+                return str(error)
+        before = ""
+        if os.path.isfile(target):
+            with open(target, errors="replace") as file:
+                before = file.read()
+        if why := write(before):
+            refuse_prometheus(target, why)
         return write
     latest = [b""]
 
@@ -1910,7 +1937,7 @@ def open_prometheus(target):
     try:
         server = http.server.ThreadingHTTPServer((address or "127.0.0.1", int(port)), Handler)
     except (OSError, OverflowError) as error:
-        sys.exit(f"top-cluster.py: --prometheus {target}: {error}")
+        refuse_prometheus(target, error)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return lambda text: latest.__setitem__(0, text.encode())
 

@@ -65,7 +65,7 @@ import weights
 from checkpoints import clean, write_json
 from download import InputError, first_line
 from ranks import Processes, join_processes, planned_processes, while_others_wait
-from rows import Rows, find_rows, row_inputs
+from rows import Rows, find_rows, make_rows, refuse_without_effect, validates
 
 log = logging.getLogger("train_llm")
 HERE = Path(__file__).resolve().parent
@@ -211,7 +211,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise OptionError(f"--experiment-name {args.experiment_name!r} must be a plain folder name")
     if args.val_dataset_name and args.val_fraction:
         raise OptionError("--val-dataset-name and --val-fraction exclude each other; give one")
-    if (args.eval_only or args.val_freq) and not (args.val_dataset_name or args.val_fraction):
+    if (args.eval_only or args.val_freq) and not validates(args):
         raise OptionError("--eval-only and --val-freq need --val-dataset-name or --val-fraction")
     on_gpu = torch.cuda.is_available()
     if args.float8 != "off":
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval_only:
         return evaluate(model, args, processes)
     stop = StopRequest(args.save_dir / args.experiment_name)
-    rows, val_rows = (prepare_rows(args, processes, held_out=part) for part in (False, True))
+    rows, val_rows = prepare_rows(args, processes)
     steps = planned_steps(args, rows)
     log.info(describe(args, model, rows, processes))
     folder = make_run_folder(args, rows, processes)
@@ -363,8 +363,7 @@ def describe(
     tied = ", tied embeddings" if layers.tied_embeddings(model) else ""
     every = f"every {args.val_freq} steps and " if args.val_freq else ""
     val_data = args.val_dataset_name or [f"{args.val_fraction:g} of the documents, held out"]
-    validates = args.val_dataset_name or args.val_fraction
-    validation = f"{every}at the end, on {' '.join(val_data)}" if validates else "none"
+    validation = f"{every}at the end, on {' '.join(val_data)}" if validates(args) else "none"
     return f"""this run
   model      {type(model).__name__}, {millions:,.1f} M parameters{tied}, {args.model_name}\
 {", initialised at random" if args.random_init else ""}
@@ -453,7 +452,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if attention == "auto":
         attention = layers.fastest_attention(config, document_mask=args.document_mask)
     elif attention == "varlen" and not torch.cuda.is_available():
-        raise InputError("--attn-implementation varlen needs a GPU; use sdpa")
+        raise OptionError("--attn-implementation varlen needs a GPU; use sdpa")
     elif attention == "varlen" and not layers.suits_varlen(config):
         raise InputError(f"--attn-implementation varlen cannot compute the attention of"
                          f" {args.model_name}; use auto")
@@ -580,19 +579,22 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 # ordered and mixed is rows.py's. Cost: the row count is fixed when a run starts.
 
 
-def prepare_rows(args: argparse.Namespace, processes: Processes, *, held_out: bool) -> Rows | None:
+def prepare_rows(args: argparse.Namespace, processes: Processes) -> tuple[Rows, Rows | None]:
+    """The rows to train on, and those to validate on. Raises InputError, also for an option that
+    shapes rows but none of these."""
+    rows, val_rows = (prepare_part(args, processes, held_out=part) for part in (False, True))
+    refuse_without_effect(args, rows, val_rows)
+    return rows, val_rows
+
+
+def prepare_part(args: argparse.Namespace, processes: Processes, *, held_out: bool) -> Rows | None:
     """The rows to train or, held out, to validate on; made by the first process of each node if
     they are missing. None if validation was not asked for."""
-    if held_out and not (args.val_dataset_name or args.val_fraction):
+    if held_out and not validates(args):
         return None
-
-    def prepare() -> None:
-        for inputs in row_inputs(args, held_out=held_out):
-            download.prepare_apart(**inputs)
-
     key = "validation rows" if held_out else "rows"
-    while_others_wait(prepare, f"{key}/{processes.node}", alone=processes.local_rank == 0,
-                      store=processes.store)
+    while_others_wait(lambda: make_rows(args, held_out=held_out), f"{key}/{processes.node}",
+                      alone=processes.local_rank == 0, store=processes.store)
     rows = find_rows(args, held_out=held_out)
     if processes.store.compare_set(key, "", rows.digest).decode() != rows.digest:
         raise InputError(
@@ -886,7 +888,7 @@ def validate(model: FSDP, rows: Rows, args: argparse.Namespace, processes: Proce
 
 def evaluate(model: nn.Module, args: argparse.Namespace, processes: Processes) -> None:
     """--eval-only: print the validation loss of the newest checkpoint or else of --model-name."""
-    rows = prepare_rows(args, processes, held_out=True)
+    rows = prepare_part(args, processes, held_out=True)
     state = begin_or_resume(model, args.save_dir / args.experiment_name, args, processes)
     found = {"step": state.step, **validate(state.model, rows, args, processes)}
     if processes.rank == 0:

@@ -7,10 +7,10 @@ once and do nothing. The second time is the launcher's own; what is left after t
 waiting for ssh, is the hosts' own work.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,7 +37,7 @@ def launch(folder: Path, words: list[str], **environ: str) -> tuple[float, int]:
     return seconds, (folder / "ssh").read_text().count(" -- node-1 ")
 
 
-def main(hosts: int = 64, latency: float = 0.3) -> None:
+def main(hosts: int, latency: float = 0.3) -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench"))
     for path in (ROOT / "launch.sh", *ROOT.glob("*.py")):
         shutil.copy(path, folder)
@@ -66,4 +66,6 @@ def main(hosts: int = 64, latency: float = 0.3) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("hosts", nargs="?", type=int, default=64)
+    main(parser.parse_args().hosts)

@@ -286,6 +286,24 @@ def test_an_option_without_effect_on_the_format_is_refused(inputs, tmp_path, opt
         prepare_rows(**inputs | dict(dataset_name=str(data)) | options)
 
 
+def test_an_option_has_to_have_an_effect_on_one_data_set_of_a_run(inputs, tmp_path, capfd):
+    texts = [str(write_lines(tmp_path / f"{name}.jsonl", [{"text": "a " * T}])) for name in "ab"]
+    words = ["--model-name", inputs["model_name"], "--seq-length", str(T), "--skip-model",
+             "--rows-dir", str(inputs["rows_dir"]), "--train-on", "all", "--dataset-name"]
+    assert download.main([*words, texts[0], inputs["dataset_name"]]) == 0
+    assert download.main([*words, *texts]) == 1
+    assert f"--train-on all has no effect on {texts[0]} and {texts[1]}, whose rows are text" in (
+        capfd.readouterr().err)
+    for among_others in (True, False):  # as the trainer has them made
+        asked = inputs | dict(dataset_name=texts[1], overlong="drop", among_others=among_others)
+        asked["rows_dir"] = tmp_path / f"rows-{among_others}"
+        if among_others:
+            download.prepare_apart(**asked)
+        else:
+            with pytest.raises(InputError, match="see download.py's message"):
+                download.prepare_apart(**asked)
+
+
 # --- packing ---
 
 

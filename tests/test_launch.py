@@ -223,6 +223,8 @@ def test_stop_of_a_finished_run_does_nothing_and_says_so(house, finished):
 
 def test_a_run_that_ended_leaves_no_process(house, finished):
     wait_for(lambda: not house.carriers("done"))
+    sockets = Path(house.environ["TMUX_TMPDIR"])
+    assert not list(sockets.glob("*/train_llm-done-*"))
 
 
 # --- A bare start, whose second rank fails and whose ranks leave a detached child ----------

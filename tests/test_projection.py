@@ -170,4 +170,16 @@ def test_what_the_readme_tells_is_what_was_measured_and_follows_from_it():
     see(f"held {one['device_used_gib']:.1f} GiB of its {one['device_gib']:.1f} with everything,"
         f" {one['peak_reserved_gib']:.1f} reserved")
     see(f"the median, {one['step_seconds']:.1f}, is")
+    whole = next(iter(tables_of("8b").values()))["bfloat16, selective"]
+    slices = tables_of("scaling-4096")
+    three = slices["405B-wide, 3 layers, 4,096 tokens, 2 GPUs"]["bfloat16 compiled"]
+    see(f"recomputing, {runs[1][1]['peak_memory_gib']:.1f} GiB; Llama 3.1 8B")
+    see(f"`selective`, {whole['peak_memory_gib']:.1f} GiB")
+    see(f"8B {whole['peak_reserved_gib']:.1f} GiB, three layers of 405B's width"
+        f" {three['peak_reserved_gib']:.1f} for a peak of {three['peak_memory_gib']:.1f}")
+    working, _ = projection.working_memory(slices, 4096, "bfloat16 compiled" + projection.BY_NCCL)
+    see(f"width reserved {working / 1e9:.0f} GB beside their")
+    see(f"two layers on two GPUs reserved {working / 1e9:.0f}.")
+    step = projection.project(slices, gpus=64, network=50e9, host=300e9)[0][0]["step"]
+    see(f"and a step takes {step:.0f} s.")
     assert not missing

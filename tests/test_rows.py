@@ -280,6 +280,23 @@ def test_another_data_set_is_validated_on_when_asked_and_at_the_end_and_is_in_no
     assert all(row["step_seconds"] < 900 for row in rows)
 
 
+def test_an_option_of_rows_needs_an_effect_on_training_or_validation_data(
+    tmp_path, tiny, corpus, rows_dir
+):
+    pairs, other = tmp_path / "pairs.jsonl", write_corpus(tmp_path / "other.jsonl")
+    pairs.write_text(json.dumps({"prompt": "the cat", "completion": " sees the dog"}) + "\n")
+    for data in (corpus, pairs, other):
+        download.prepare_rows(model_name=str(tiny), dataset_name=str(data), seq_length=32,
+                              rows_dir=rows_dir, train_on="all", among_others=True)
+    options = dict(experiment_name="x", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
+                   dataset_name=corpus, seq_length=32, max_steps=1, global_batch_size=2,
+                   ckpt_freq=0, export_dtype="none", train_on="all")
+    main_in_process(**options, val_dataset_name=pairs)
+    assert np.isfinite(read_metrics(tmp_path / "x")[0]["val_loss"])
+    with pytest.raises(download.InputError, match="--train-on all has no effect on .* and .*other"):
+        main_in_process(**options, val_dataset_name=other)
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(eval_only=None), "--eval-only and --val-freq need --val-dataset-name or"),
     (dict(val_freq=5), "--eval-only and --val-freq need --val-dataset-name or"),

@@ -1130,7 +1130,25 @@ def test_prometheus_gets_a_file_or_an_address(tmp_path):
     wait_for(lambda: monitor.documents)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         assert 'cluster_training_step{experiment="demo"} 12' in answer.read().decode()
+    for taken in (port, tmp_path / "nowhere/cluster.prom"):
+        refused = once("--demo", "2", "--prometheus", taken)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"top-cluster.py: error: --prometheus {taken}: ")
+        assert refused.stderr.count("\n") == 1
     monitor.stop()
+
+
+def test_a_monitor_outlives_the_disk_that_it_tells_prometheus_on(tmp_path):
+    folder = tmp_path / "node_exporter"
+    folder.mkdir()
+    monitor = Monitor("--demo", "1", "--prometheus", folder / "cluster.prom")
+    wait_for(lambda: monitor.documents)
+    shutil.rmtree(folder)
+    seen = len(monitor.documents)
+    wait_for(lambda: len(monitor.documents) > seen + 2)
+    monitor.stop()
+    [line] = monitor.process.stderr.read().splitlines()
+    assert line.startswith("top-cluster.py: --prometheus") and "No such file" in line
 
 
 def test_without_a_terminal_one_block_a_refresh_is_printed():

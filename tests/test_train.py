@@ -431,6 +431,18 @@ def test_flops_of_llama_405b_are_six_per_parameter_and_attention():
     assert train_llm.layers.flops_per_token(mixture, 1, 1) is None
 
 
+class LayersDiffer:
+    head_dim, num_hidden_layers = 64, 6
+
+    @property
+    def num_attention_heads(self) -> int:
+        raise RuntimeError("differs by layer: ask each")  # as transformers 5.23 does, of dots3_note
+
+
+def test_flops_are_unknown_where_layers_differ_in_their_heads():
+    assert train_llm.layers.flops_per_token(LayersDiffer(), 1, 1) is None
+
+
 def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
     tmp_path, tiny, corpus, rows_dir
 ):

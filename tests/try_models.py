@@ -21,6 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import ROOT, build_tokenizer, options_of
 
+import layers
 import train_llm
 
 
@@ -40,7 +41,10 @@ def try_kind(kind: str, folder: Path) -> tuple[str, str]:
         for how, masked in ("taken", True), ("taken with --no-document-mask", False):
             try:
                 args = train_llm.parse_args(options_of(**words, document_mask=masked))
-                train_llm.build_model(args)
+                model = train_llm.build_model(args)
+                whole = AutoConfig.for_model(kind)  # layers that differ, which two may not
+                for config in (model.config, whole):
+                    layers.flops_per_token(config.get_text_config(), 1, 64)
                 return how, ""
             except train_llm.InputError as error:
                 why = str(error).replace(str(folder), "it")

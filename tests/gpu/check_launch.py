@@ -6,6 +6,7 @@ with `nvidia-smi`, asked by hand. Neither ssh nor tmux is used; tmux and dataset
 Prints a line a case, writes them to $OUT/check_launch.json; exit status 1 if one disagrees.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -101,6 +102,7 @@ def check_machine(state: str, holder: int | None) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
     for state in ("idle", "in use"):
         holder = None
         try:

@@ -6,6 +6,7 @@ this machine, at 1 Hz. Needs nothing but Python's standard library. Exit status 
 disagrees, or if a process is left after the monitor was killed.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -110,7 +111,9 @@ def is_running(pid: int) -> bool:
 
 
 def main() -> None:
-    seconds = float(sys.argv[1]) if sys.argv[1:] else 20
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("seconds", nargs="?", type=float, default=20, help="of measuring")
+    seconds = parser.parse_args().seconds
     print(subprocess.run(["nvidia-smi", "--version"], capture_output=True, text=True,
                          check=False).stdout)
     with tempfile.TemporaryDirectory() as folder:
