@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import time
 import zlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from download import InputError, first_line, replace_text
 from ranks import Processes
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("train_llm")
 
+FREES_ROOM = 10  # seconds in which writers see that their trainers are gone, a block at a time
 ENDS_BY_ITSELF = 3  # seconds that a save may take to fail on a rank after it failed on another
 
 # --- 1. Slices --------------------------------------------------------------------------------
@@ -276,8 +278,11 @@ class Saver:
     def begin(self, state: "TrainState", *, last: bool) -> None:
         """Write `state`, or have it written beside training unless it is the `last`."""
         target = self.folder / f"step-{state.step:08}"
-        if self.processes.local_rank == 0:  # what a run that died half way may have left
-            shutil.rmtree(target, ignore_errors=True)
+        whole = on_rank_0(lambda: [path.name for path in whole_checkpoints(self.folder.parent)])
+        if self.processes.local_rank == 0:  # what a run that died half way left takes room
+            for old in self.folder.glob("step-*"):
+                if old == target or old.name not in whole:
+                    shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
         what = dict(
             state_dict=slices_and_buffers(state, self.processes), planner=SliceWriter(),
@@ -345,8 +350,10 @@ class Saver:
         store.set(failed, "")
         return "" if ended else (str(error).strip() or repr(error)).splitlines()[-1]
 
-    def require(self, step: int) -> None:
+    def require(self, step: int, steps: int) -> None:
         """Raises InputError if the run ends here and what it reached is in no checkpoint."""
+        if step < steps and not self.args.ckpt_freq:
+            log.warning("stopped before its end, and by --ckpt-freq 0 nothing of it is kept")
         if self.args.ckpt_freq and self.saved_step != step:
             raise InputError(f"the last checkpoint, of step {step}, was not written (see above);"
                              f" make room in {self.folder} and give the same command again, which"
@@ -361,7 +368,8 @@ def check_room(
     `part` of each checkpoint lies on it, and one more than are kept while a save is under way.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    old = sum(path.stat().st_size for path in folder.glob("checkpoints/*/*"))
+    replaced = ["checkpoints/*/*", *(["model/*", ".model.half-made/*"] if exports else [])]
+    old = sum(path.stat().st_size for part in replaced for path in folder.glob(part))
     free = shutil.disk_usage(nearest).free + old
     one = 12 * parameters * part  # bytes: weights and two moments in float32
     need = one * (args.keep_checkpoints + 1) if args.ckpt_freq else 0
@@ -408,7 +416,9 @@ class SliceStager(AsyncStager):
 def shared_slab(size: int, *, pinned: bool) -> torch.Tensor:
     """`size` bytes of host memory that a child process can see. Raises InputError if too many."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = shutil.disk_usage("/dev/shm").free  # its bounds end a process without a word
+    until = time.monotonic() + FREES_ROOM  # writers of ranks that were killed still have theirs
+    while (free := shutil.disk_usage("/dev/shm").free) < size * ranks and time.monotonic() < until:
+        time.sleep(0.5)  # its bounds end a process without a word
     if size * ranks > free:
         raise InputError(f"--async-checkpoint on: {ranks} ranks on {platform.node()} need"
                          f" {size * ranks / 2**30:.1f} GiB of shared memory, /dev/shm has"
@@ -436,10 +446,14 @@ class SliceStorage(dcp.FileSystemWriter):
             raise InputError("the process that asked for this checkpoint is gone")
 
     def write_data(self, plan, planner) -> torch.futures.Future:
-        self.check_trainer()
+        def blocks_of(name: str) -> Iterator[torch.Tensor]:
+            for block in blocks(tensors[name]):
+                self.check_trainer()
+                yield block
+
         tensors = {item.index.fqn: planner.resolve_data(item).detach() for item in plan.items}
         heads = {name: (t.dtype, list(t.shape)) for name, t in by_alignment(tensors).items()}
-        stored = write_file(Path(self.path, self.file), heads, lambda name: blocks(tensors[name]))
+        stored = write_file(Path(self.path, self.file), heads, blocks_of)
         written = torch.futures.Future()
         written.set_result([
             WriteResult(index=item.index, size_in_bytes=stored[item.index.fqn].length,
@@ -629,9 +643,14 @@ class SliceSource(dcp.FileSystemReader):
 FILE_BYTES = 5 * 10**9  # of one file, at most, unless a single tensor is larger
 
 
-def keep_model_files(model: nn.Module, args: Namespace, folder: Path) -> None:
-    """Config, generation config and tokenizer, into `model-files` of the run's folder."""
-    files = folder / "model-files"
+def keep_model_files(model: nn.Module, args: Namespace, folder: Path, *, resumes: bool) -> None:
+    """Config, generation config and tokenizer, into `model-files` of the run's folder.
+
+    A run that resumes has them, and InputError is raised if its config is another by now; with
+    --allow-changes they are kept anew."""
+    kept, files = folder / "model-files", folder / ".model-files.half-made"
+    if resumes and kept.exists() and not args.allow_changes:
+        return refuse_other_config(model, args, kept)
     shutil.rmtree(files, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
     if args.chat_template:
@@ -642,6 +661,28 @@ def keep_model_files(model: nn.Module, args: Namespace, folder: Path) -> None:
         generation.to_json_file(files / "generation_config.json")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(files)
+    shutil.rmtree(kept, ignore_errors=True)
+    files.rename(kept)
+
+
+def refuse_other_config(model: nn.Module, args: Namespace, kept: Path) -> None:
+    """Raises InputError, with the values that differ; names that say nothing of what is computed
+    may differ."""
+
+    def values(config: dict) -> dict:
+        return {name: values(value) if isinstance(value, dict) else value
+                for name, value in config.items()
+                if name not in ("architectures", "dtype", "transformers_version", "use_cache")
+                and not name.startswith("_")}
+
+    was, now = (values(json.loads(config.to_json_string(use_diff=False)))
+                for config in (AutoConfig.from_pretrained(kept), model.config))
+    changed = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in {**was, **now}
+               if was.get(name) != now.get(name)]
+    if changed:
+        raise InputError(f"config.json of {args.model_name} changed since {kept.parent} was begun:"
+                         f" {'; '.join(changed)}. Restore it, give another --experiment-name, or"
+                         " --allow-changes")
 
 
 def parse_export_args(parser: ArgumentParser, argv: list[str]) -> Namespace:

@@ -228,6 +228,7 @@ def compile_ahead(
     for batch in kinds_of_batches(args, processes):
         state.model(*batch, 1.0).backward()
         state.optimizer.zero_grad()
+        state.model.zero_grad(set_to_none=True)  # those in host memory, too, beside a whole unit
         if validates(args):
             with torch.no_grad():
                 state.model.eval()(*batch, 1.0)
@@ -482,11 +483,17 @@ def start_profile() -> torch.profiler.profile:
 
 
 def end_profile(profiler: torch.profiler.profile, folder: Path, rank: int) -> None:
-    """Write trace-RANK.json.gz, and memory-RANK.pickle for pytorch.org/memory_viz."""
-    folder.mkdir(exist_ok=True)
+    """Write trace-RANK.json.gz, and memory-RANK.pickle for pytorch.org/memory_viz; where the disk
+    is full, that is told and training goes on."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank}.pickle"))
-        torch.cuda.memory._record_memory_history(enabled=None)
     profiler.stop()
-    profiler.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))
+    try:
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"trace-{rank}.json.gz"))
+        if torch.cuda.is_available():
+            torch.cuda.memory._dump_snapshot(str(folder / f"memory-{rank}.pickle"))
+    except (OSError, RuntimeError) as error:
+        log.error("the profile was not written to %s (%s)", folder, error)
+    if torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(enabled=None)

@@ -320,15 +320,15 @@ def main(argv: list[str] | None = None) -> None:
         # ---- the record: nothing below changes the weights ----
         meter.end_step(state.step, loss, grad_norm)
         if meter.is_due(state.step) or saver.is_due(state.step):
-            meter.write_row(state)  # and stop here if a value is not finite
+            meter.write_row(state, saver)  # and stop here if a value is not finite
         if saver.is_due(state.step):
             saver.save(state, heart)
-    meter.finish(state)
+    meter.finish(state, saver)
     saver.save(state, heart, last=True)
     state.optimizer.join()
     if state.step == steps and args.export_dtype != "none":
         checkpoints.export_model(state, args, folder, heart, processes)
-    saver.require(state.step)
+    saver.require(state.step, steps)
     heart.beat("finished", state.step)
     log.info("ended after step %d of %d, see %s", state.step, steps, folder)
     dist.destroy_process_group()  # leaving without it aborts at exit
@@ -719,9 +719,8 @@ def begin_or_resume(
     found = checkpoints.find_checkpoints(folder)
     if args.cpu_offload != "off" and processes.device.type == "cuda":
         offload.use_cores_near_gpu(processes.local_rank)
-    kept = found and (folder / "model-files").exists()
-    if processes.rank == 0 and not kept and not args.eval_only:
-        checkpoints.keep_model_files(model, args, folder)
+    if processes.rank == 0 and not args.eval_only:
+        checkpoints.keep_model_files(model, args, folder, resumes=bool(found))
     plan = None if found else find_weights(model, args, processes)
     sharded = shard(model, plan, args, processes)
     state = TrainState(sharded, build_optimizer(sharded, args, processes))
@@ -811,17 +810,18 @@ class Meter:
         return self.val_rows is not None and (
             step == self.steps or bool(self.args.val_freq) and step % self.args.val_freq == 0)
 
-    def write_row(self, state: TrainState) -> None:
+    def write_row(self, state: TrainState, saver: checkpoints.Saver) -> None:
         """Raises InputError on every rank if a loss or norm since the last row is not finite."""
         if not self.pending:
             return
         values = torch.stack(self.pending).tolist()  # waits for the GPU
         for step, (loss, grad_norm) in enumerate(values, start=state.step - len(values) + 1):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                saver.finish()  # a save of earlier steps may be in flight
                 raise InputError(
                     f"step {step}: loss {loss}, gradient norm {grad_norm}. No update was made from"
-                    " that step on and nothing was saved; lower --lr, lengthen --warmup-steps, or"
-                    " look at the rows of that step"
+                    f" that step on (newest checkpoint: step {saver.saved_step or 'none'}); lower"
+                    " --lr, lengthen --warmup-steps, or look at the rows of that step"
                 )
         step_seconds = (time.perf_counter() - self.row_started) / len(values)
         tokens = self.args.global_batch_size * self.args.seq_length
@@ -864,8 +864,8 @@ class Meter:
         self.spans.clear()
         self.row_ended = time.perf_counter()
 
-    def finish(self, state: TrainState) -> None:
-        self.write_row(state)
+    def finish(self, state: TrainState, saver: checkpoints.Saver) -> None:
+        self.write_row(state, saver)
         self.bar.close()  # which ends its line
 
 

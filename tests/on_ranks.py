@@ -110,9 +110,9 @@ def forbid_syncs():
         begin_step(self, step)
         torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
 
-    def lenient_row(self, state):
+    def lenient_row(self, state, saver):
         torch.cuda.set_sync_debug_mode("default")
-        write_row(self, state)
+        write_row(self, state, saver)
 
     train_llm.Meter.begin_step, train_llm.Meter.write_row = strict_begin, lenient_row
     try:
