@@ -451,6 +451,7 @@ class SliceStorage(dcp.FileSystemWriter):
                 self.check_trainer()
                 yield block
 
+        self.check_trainer()
         tensors = {item.index.fqn: planner.resolve_data(item).detach() for item in plan.items}
         heads = {name: (t.dtype, list(t.shape)) for name, t in by_alignment(tensors).items()}
         stored = write_file(Path(self.path, self.file), heads, blocks_of)
@@ -644,13 +645,11 @@ FILE_BYTES = 5 * 10**9  # of one file, at most, unless a single tensor is larger
 
 
 def keep_model_files(model: nn.Module, args: Namespace, folder: Path, *, resumes: bool) -> None:
-    """Config, generation config and tokenizer, into `model-files` of the run's folder.
-
-    A run that resumes has them, and InputError is raised if its config is another by now; with
-    --allow-changes they are kept anew."""
+    """Config, generation config and tokenizer, into `model-files` of the run's folder; a run that
+    resumes has them already, but --allow-changes may have changed them."""
     kept, files = folder / "model-files", folder / ".model-files.half-made"
     if resumes and kept.exists() and not args.allow_changes:
-        return refuse_other_config(model, args, kept)
+        return
     shutil.rmtree(files, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name)
     if args.chat_template:
@@ -665,9 +664,11 @@ def keep_model_files(model: nn.Module, args: Namespace, folder: Path, *, resumes
     files.rename(kept)
 
 
-def refuse_other_config(model: nn.Module, args: Namespace, kept: Path) -> None:
-    """Raises InputError, with the values that differ; names that say nothing of what is computed
-    may differ."""
+def refuse_other_config(model: nn.Module, args: Namespace, folder: Path) -> None:
+    """Raises InputError if the run was begun with another config, with the values that differ;
+    those that say nothing of what is computed may."""
+    if not (kept := folder / "model-files").exists():
+        return
 
     def values(config: dict) -> dict:
         return {name: values(value) if isinstance(value, dict) else value
@@ -680,7 +681,7 @@ def refuse_other_config(model: nn.Module, args: Namespace, kept: Path) -> None:
     changed = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in {**was, **now}
                if was.get(name) != now.get(name)]
     if changed:
-        raise InputError(f"config.json of {args.model_name} changed since {kept.parent} was begun:"
+        raise InputError(f"config.json of {args.model_name} changed since {folder} was begun:"
                          f" {'; '.join(changed)}. Restore it, give another --experiment-name, or"
                          " --allow-changes")
 

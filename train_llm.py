@@ -719,13 +719,15 @@ def begin_or_resume(
     found = checkpoints.find_checkpoints(folder)
     if args.cpu_offload != "off" and processes.device.type == "cuda":
         offload.use_cores_near_gpu(processes.local_rank)
-    if processes.rank == 0 and not args.eval_only:
-        checkpoints.keep_model_files(model, args, folder, resumes=bool(found))
+    if found and not (args.allow_changes or args.eval_only):
+        checkpoints.on_rank_0(lambda: checkpoints.refuse_other_config(model, args, folder))
     plan = None if found else find_weights(model, args, processes)
     sharded = shard(model, plan, args, processes)
     state = TrainState(sharded, build_optimizer(sharded, args, processes))
     if found:
         checkpoints.load_newest(found, state, processes)
+    if processes.rank == 0 and not args.eval_only:
+        checkpoints.keep_model_files(model, args, folder, resumes=bool(found))
     return state
 
 

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,8 +266,54 @@ def test_what_a_save_takes_is_told_and_is_in_no_steps_time(straight, monkeypatch
 
 def test_shared_memory_that_is_too_small_is_told_before_it_is_used(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(checkpoints, "FREES_ROOM", 0)
     with pytest.raises(train_llm.InputError, match="8 ranks .* need 8192.0 GiB .* /dev/shm has"):
         checkpoints.shared_slab(1 << 40, pinned=False)
+
+
+def test_shared_memory_of_writers_whose_trainers_were_killed_is_waited_for(monkeypatch):
+    free = iter([0, 0, 1 << 30])
+    monkeypatch.setattr(
+        checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    monkeypatch.setattr(checkpoints.dist, "barrier", lambda: None)
+    assert checkpoints.shared_slab(4096, pinned=False).nbytes == 4096
+
+
+def test_a_writer_stops_at_the_next_block_when_its_trainer_is_gone(tmp_path):
+    storage, asked = checkpoints.SliceStorage(tmp_path, {}, 0), []
+
+    def resolve_data(item) -> torch.Tensor:
+        return torch.zeros(4)
+
+    def check_trainer() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise train_llm.InputError("gone")
+
+    storage.check_trainer = check_trainer
+    items = [SimpleNamespace(index=SimpleNamespace(fqn=name)) for name in "abc"]
+    with pytest.raises(train_llm.InputError, match="gone"):
+        storage.write_data(SimpleNamespace(items=items), SimpleNamespace(resolve_data=resolve_data))
+    assert len(asked) == 2
+
+
+def test_a_run_that_is_stopped_and_keeps_nothing_says_so(caplog):
+    saver = SimpleNamespace(args=SimpleNamespace(ckpt_freq=0), saved_step=0)
+    checkpoints.Saver.require(saver, 9, 9)
+    assert not caplog.text
+    checkpoints.Saver.require(saver, 3, 9)
+    assert "by --ckpt-freq 0 nothing of it is kept" in caplog.text
+
+
+def test_what_an_export_replaces_counts_as_room(tmp_path, monkeypatch):
+    args = SimpleNamespace(keep_checkpoints=2, ckpt_freq=5, export_dtype="float32", save_dir="s")
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=3900))
+    room = dict(parameters=100, part=1.0)  # 3 checkpoints of 1,200 bytes, and 400 exported
+    with pytest.raises(train_llm.InputError, match="has room for"):
+        checkpoints.check_room(tmp_path, args, **room, exports=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"x" * 100)
+    checkpoints.check_room(tmp_path, args, **room, exports=True)
 
 
 def test_a_writer_whose_trainer_is_gone_writes_no_more(tmp_path):
@@ -412,8 +459,40 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(straight, tm
         in_process(straight, folder.name, model_name=other)
     args = json.loads((folder / "args.json").read_text()) | {"model_name": str(other)}
     (folder / "args.json").write_text(json.dumps(args))
-    with pytest.raises(train_llm.InputError, match=r"mlp.\w+_proj.weight is \[.*96.*\] there and"):
+    kept = (folder / "model-files" / "config.json").read_text()
+    with pytest.raises(train_llm.InputError, match="config.json .*_size was 96, is 80"):
         in_process(straight, folder.name, model_name=other)
+    with pytest.raises(train_llm.InputError, match=r"mlp.\w+_proj.weight is \[.*96.*\] there and"):
+        in_process(straight, folder.name, model_name=other, allow_changes=None)
+    assert (folder / "model-files" / "config.json").read_text() == kept
+
+
+def test_a_config_that_changed_is_refused_unless_allowed_and_then_exported(straight, tmp_path):
+    folder, other = begun(straight, "other-config", 9), tmp_path / "other"
+    shutil.copytree(straight[1]["model_name"], other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    args = json.loads((folder / "args.json").read_text()) | {"model_name": str(other)}
+    (folder / "args.json").write_text(json.dumps(args))
+    with pytest.raises(train_llm.InputError, match="rms_norm_eps was 1e-06, is 0.25. Restore it"):
+        in_process(straight, folder.name, model_name=other)
+    in_process(straight, folder.name, model_name=other, allow_changes=None, max_steps=10)
+    assert json.loads((folder / "model" / "config.json").read_text())["rms_norm_eps"] == 0.25
+
+
+def test_what_a_dead_run_left_half_written_goes_before_the_next_save(straight, monkeypatch):
+    folder, found = begun(straight, "half-written", 9, 12), []
+    (folder / "checkpoints" / "step-00000012").rename(folder / "checkpoints" / "step-00000010")
+    (folder / "checkpoints" / "step-00000010" / ".metadata").unlink()
+    save = checkpoints.dcp.save
+
+    def look_and_save(**what):
+        found.append(sorted(path.name for path in (folder / "checkpoints").iterdir()))
+        return save(**what)
+
+    monkeypatch.setattr(checkpoints.dcp, "save", look_and_save)
+    in_process(straight, folder.name, export_dtype="none")
+    assert found[0] == ["step-00000009"]
 
 
 def start(straight, name: str, *, ranks: int = 2, restarts: int = 0, **changes) -> subprocess.Popen:

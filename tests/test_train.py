@@ -431,6 +431,18 @@ def test_flops_of_llama_405b_are_six_per_parameter_and_attention():
     assert train_llm.layers.flops_per_token(mixture, 1, 1) is None
 
 
+def test_a_profile_that_the_disk_has_no_room_for_ends_no_training(tmp_path, caplog):
+    class Profiler:
+        def stop(self) -> None:
+            pass
+
+        def export_chrome_trace(self, path: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    train_llm.layers.end_profile(Profiler(), tmp_path / "profile", 0)
+    assert "the profile was not written" in caplog.text and "No space left" in caplog.text
+
+
 class LayersDiffer:
     head_dim, num_hidden_layers = 64, 6
 
@@ -459,10 +471,13 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_moves_no_weight(
 
     done = torchrun(2, "train_llm.py", *options_of(
         experiment_name="nan", save_dir=tmp_path, rows_dir=rows_dir, model_name=tiny,
-        dataset_name=corpus, **RECIPE | {"lr": 1e30, "log_freq": 4, "max_grad_norm": 0}))
+        dataset_name=corpus, **RECIPE | {"lr": 1e30, "log_freq": 4, "max_grad_norm": 0,
+                                         "ckpt_freq": 1, "async_checkpoint": "on"}))
     assert done.returncode != 0
     assert done.stderr.count("error: step ") == 1, done.stderr
     assert "No update was made" in done.stderr
+    assert "(newest checkpoint: step 1)" in done.stderr  # which was in flight
+    assert (tmp_path / "nan/checkpoints/step-00000001/.metadata").exists()
     assert "\ntrain_llm.py: error: " in done.stderr  # not behind the progress bar
     assert not (tmp_path / "nan" / "model").exists()
     beats = [json.loads(path.read_text()) for path in tmp_path.glob("nan/heartbeats/*")]

@@ -67,6 +67,8 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "compiled-offload": dict(batch_size=2, compile=True, checkpoint_activations="offload"),
         "no-sync": dict(batch_size=1, log_freq=10, profile=4, checkpoint_activations="offload"),
         "all-on-the-host": dict(batch_size=1, cpu_offload="on", val_dataset_name=corpus),
+        "compiled-all-on-the-host": dict(batch_size=1, compile=True, cpu_offload="on",
+                                         val_dataset_name=corpus),
         "adamw-on-the-host": dict(batch_size=1, cpu_offload="optimizer", val_dataset_name=corpus),
         "gemma": dict(batch_size=2, model_name=models["gemma"]),
         "random": dict(batch_size=2, random_init=True),
