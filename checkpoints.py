@@ -676,8 +676,13 @@ def refuse_other_config(model: nn.Module, args: Namespace, folder: Path) -> None
                 if name not in ("architectures", "dtype", "transformers_version", "use_cache")
                 and not name.startswith("_")}
 
+    try:
+        begun_with = AutoConfig.from_pretrained(kept)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{kept} has no readable config.json ({first_line(error)}); restore it, or"
+                         " move the folder away: it is made anew") from None
     was, now = (values(json.loads(config.to_json_string(use_diff=False)))
-                for config in (AutoConfig.from_pretrained(kept), model.config))
+                for config in (begun_with, model.config))
     changed = [f"{name} was {was.get(name)}, is {now.get(name)}" for name in {**was, **now}
                if was.get(name) != now.get(name)]
     if changed:

@@ -476,6 +476,9 @@ def test_a_config_that_changed_is_refused_unless_allowed_and_then_exported(strai
     (folder / "args.json").write_text(json.dumps(args))
     with pytest.raises(train_llm.InputError, match="rms_norm_eps was 1e-06, is 0.25. Restore it"):
         in_process(straight, folder.name, model_name=other)
+    (folder / "model-files" / "config.json").write_text('{"model_type":')
+    with pytest.raises(train_llm.InputError, match="model-files has no readable config.json"):
+        in_process(straight, folder.name, model_name=other)
     in_process(straight, folder.name, model_name=other, allow_changes=None, max_steps=10)
     assert json.loads((folder / "model" / "config.json").read_text())["rms_norm_eps"] == 0.25
 
