@@ -226,13 +226,15 @@ def compile_ahead(
     heart.beat("compiling", state.step)
     started = time.perf_counter()
     for batch in kinds_of_batches(args, processes):
-        state.model(*batch, 1.0).backward()
-        state.optimizer.zero_grad()
-        state.model.zero_grad(set_to_none=True)  # those in host memory, too, beside a whole unit
-        if validates(args):
-            with torch.no_grad():
-                state.model.eval()(*batch, 1.0)
-            state.model.train()
+        for training in (True, False) if validates(args) else (True,):
+            # With --cpu-offload on, FSDP shows gradients again after every pass, zeroed or not.
+            state.model.zero_grad(set_to_none=True)
+            with torch.set_grad_enabled(training):
+                loss = state.model.train(training)(*batch, 1.0)
+            if training:
+                loss.backward()
+                state.optimizer.zero_grad()
+    state.model.train()
     torch.cuda.empty_cache()  # pieces of other sizes than a step's
     log.info("compiled in %.0f s", time.perf_counter() - started)
 

@@ -50,6 +50,7 @@ import units
 def train(
     argv: list[str], apart: bool = False, refused: str = "", block_bytes: int = 4096,
     no_sync: bool = False, bfloat16: str = "", copies: str = "", compiled: str = "",
+    on_host: bool = False,
 ) -> None:
     print("job", *argv[:2], file=sys.stderr, flush=True)
     train_llm.checkpoints.BLOCK_BYTES = block_bytes  # so few that tiny tensors have several blocks
@@ -59,7 +60,7 @@ def train(
         argv = [word.replace("HOST", rank) for word in argv]
     try:
         with (forbid_syncs() if no_sync else contextlib.nullcontext(),
-              changed(bfloat16, copies, compiled)):
+              changed(bfloat16, copies, compiled, on_host)):
             train_llm.main(argv)
     except train_llm.InputError as error:
         if not refused:
@@ -167,7 +168,7 @@ COMPILE, COMPILE_AHEAD = torch.compile, layers.compile_ahead
 
 
 @contextlib.contextmanager
-def changed(bfloat16: str, copies: str, compiled: str):
+def changed(bfloat16: str, copies: str, compiled: str, on_host: bool):
     """What jobs of these words change in the program; without any, nothing."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     changes = []
@@ -186,6 +187,11 @@ def changed(bfloat16: str, copies: str, compiled: str):
                     (layers, "compile_ahead", compile_only_ahead),
                     (layers, "fastest_attention", lambda *_, **__: compiled)]
     with contextlib.ExitStack() as stack:
+        if on_host:  # --cpu-offload on without a GPU; FSDP adds micro steps up then: give one
+            changes += [(train_llm, "check_effects", lambda args: None),
+                        (torch.Tensor, "pin_memory", lambda tensor, *_: tensor)]
+            stack.enter_context(patch.object(
+                torch.cpu.Stream, "synchronize", lambda stream: None, create=True))
         stack.callback(torch.compiler.set_stance, "default")
         for change in changes:
             stack.enter_context(patch.object(*change))

@@ -34,7 +34,7 @@ from rows import rows_of_step
 
 BFLOAT16 = re.compile("(un)?joined|$")  # in the name of a run that computes as on a GPU
 COMPILED = {"compiled": "varlen", "compiled-alone": "varlen", "compiled-on-the-host": "sdpa",
-            "gemma4": "sdpa"}  # attention by name of the run
+            "compiled-all-on-the-host": "sdpa", "gemma4": "sdpa"}  # attention by name of the run
 STEPS, BATCH, LENGTH, LR = 10, 6, 32, 3e-3
 RECIPE = dict(seq_length=LENGTH, global_batch_size=BATCH, max_steps=STEPS, lr=LR, warmup_steps=3,
               log_freq=1, seed=3)
@@ -85,6 +85,8 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
         "compiled-alone": (1, "llama", dict(batch_size=1, compile=None)),
         "compiled-on-the-host": (2, "llama", dict(
             batch_size=1, compile=None, cpu_offload="optimizer")),
+        "compiled-all-on-the-host": (2, "llama", dict(
+            batch_size=3, compile=None, cpu_offload="on", val_dataset_name=corpus)),
         "gemma4": (2, "gemma4", dict(
             batch_size=1, compile=None, checkpoint_activations="offload")),
         "random-1": (1, "llama", dict(random_init=True, max_steps=1)),
@@ -93,7 +95,8 @@ def runs(tmp_path_factory, tiny, corpus, rows_dir):
     on_ranks(3, [
         {"do": "train", "ranks": ranks, "bfloat16": BFLOAT16.search(name)[0],
          "copies": "memory" if name.endswith("memory") else "",
-         "compiled": COMPILED.get(name, ""), "argv": options_of(
+         "compiled": COMPILED.get(name, ""), "on_host": name.endswith("all-on-the-host"),
+         "argv": options_of(
             experiment_name=name, save_dir=folder, rows_dir=rows_dir, model_name=models[model],
             dataset_name=corpus, **(RECIPE | extra))}
         for name, (ranks, model, extra) in plan.items()
@@ -124,7 +127,8 @@ def expected(runs, corpus, rows_dir):
 
 
 LLAMA = ["one", "one-accumulated", "two", "two-accumulated", "three", "recomputed", "selective",
-         "offloaded", "embedding-in-root", "compiled", "compiled-alone", "compiled-on-the-host"]
+         "offloaded", "embedding-in-root", "compiled", "compiled-alone", "compiled-on-the-host",
+         "compiled-all-on-the-host"]
 
 
 @pytest.mark.parametrize("name", [*LLAMA, "qwen3", "gemma", "gemma2", "mistral"])
