@@ -278,11 +278,8 @@ class Saver:
     def begin(self, state: "TrainState", *, last: bool) -> None:
         """Write `state`, or have it written beside training unless it is the `last`."""
         target = self.folder / f"step-{state.step:08}"
-        whole = on_rank_0(lambda: [path.name for path in whole_checkpoints(self.folder.parent)])
-        if self.processes.local_rank == 0:  # what a run that died half way left takes room
-            for old in self.folder.glob("step-*"):
-                if old == target or old.name not in whole:
-                    shutil.rmtree(old, ignore_errors=True)
+        # What a run that died half way left takes room.
+        self.drop_all_but([name for name in self.whole_names() if name != target.name])
         dist.barrier()
         what = dict(
             state_dict=slices_and_buffers(state, self.processes), planner=SliceWriter(),
@@ -322,12 +319,19 @@ class Saver:
             # ranks at once. A name of its own (torch 2.11, 2.13).
             _async_process_executor._CHECKPOINT_PROCESS = None
             return
-        whole = on_rank_0(lambda: whole_checkpoints(self.folder.parent))
         # Later ones were refused as damaged, or training would have gone on from there.
-        sound = [path.name for path in whole if path.name <= f"step-{self.saved_step:08}"]
+        sound = [name for name in self.whole_names() if name <= f"step-{self.saved_step:08}"]
+        self.drop_all_but(sound[: self.args.keep_checkpoints])
+
+    def whole_names(self) -> list[str]:
+        """Of the run's whole checkpoints, newest first; a collective."""
+        return on_rank_0(lambda: [path.name for path in whole_checkpoints(self.folder.parent)])
+
+    def drop_all_but(self, names: list[str]) -> None:
+        """Remove what other checkpoints, whole or not, have on this node."""
         if self.processes.local_rank == 0:
             for old in sorted(self.folder.glob("step-*")):
-                if old.name not in sound[: self.args.keep_checkpoints]:
+                if old.name not in names:
                     (old / ".metadata").unlink(missing_ok=True)  # first: half gone, it is none
                     shutil.rmtree(old, ignore_errors=True)
 

@@ -149,8 +149,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--demo", action="store_true", help="make a small model and a corpus of Python sources")
     args = parser.parse_args(argv)
 
-    given = {name for name, value in vars(args).items()
-             if value not in (parser.get_default(name), read_shard("1/1"))}
+    defaults = vars(parser.parse_args([]))
+    given = {name for name, value in vars(args).items() if value != defaults[name]}
     if args.demo and given - {"demo", "to"}:
         parser.error("--demo takes no option but --to; rows of the demo are another command")
     if args.demo:
